@@ -1,0 +1,108 @@
+"""One rank's lanes of the shuffle buffer.
+
+Row i of the stream goes to lane i % lanes; every batch takes the same number of rows from every lane, picked by a
+generator that knows only (seed, lane, step). So a batch does not depend on which rank hosts a lane.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from scale_sae.activations.schedule import Schedule
+from scale_sae.seeds import generator
+
+
+def rows_of_lanes(start: int, count: int, lanes: range, total_lanes: int) -> Tensor:
+    """Which of the rows ``start`` to ``start + count`` fall into ``lanes``: offsets from ``start``, ascending, int64 [n]."""
+    lane = torch.arange(start, start + count) % total_lanes
+    return torch.nonzero((lane >= lanes.start) & (lane < lanes.stop)).flatten()
+
+
+class LaneBuffer:
+    """The lanes ``lanes`` of the buffer, for every hookpoint of this rank's group.
+
+    ``rows[h]`` is ``[len(lanes), capacity, width of h]``; slots 0 to count-1 of a lane are filled.
+    All hookpoints share one order, so rows of several layers stay aligned.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        lanes: range,
+        schedule: Schedule,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.lanes = lanes
+        self.schedule = schedule
+        self.seed = seed
+        self.capacity = schedule.lane_capacity
+        self.rows = {
+            name: torch.zeros(len(lanes), self.capacity, width, dtype=dtype, device=device)
+            for name, width in widths.items()
+        }
+        self.inserted = 0
+        self.draws = 0
+
+    def counts(self) -> Tensor:
+        """Filled slots of each lane, int64 [len(lanes)]: arithmetic on what was inserted and drawn."""
+        drawn = self.draws * (self.schedule.batch // self.schedule.lanes)
+        return torch.tensor([self.schedule.inserted(lane, self.inserted) - drawn for lane in self.lanes])
+
+    def insert(self, chunk: Mapping[str, Tensor], count: int) -> None:
+        """Appends this rank's part of the next ``count`` rows of the stream.
+
+        ``chunk[h]`` holds the rows that ``rows_of_lanes`` names, in that order: ``[n, width of h]``.
+        """
+        index = self.inserted + rows_of_lanes(self.inserted, count, self.lanes, self.schedule.lanes)
+        lane = index % self.schedule.lanes - self.lanes.start
+        before = torch.tensor([self.schedule.inserted(lane, self.inserted) for lane in self.lanes])
+        slot = self.counts()[lane] + index // self.schedule.lanes - before[lane]
+        assert not len(slot) or int(slot.max()) < self.capacity
+        for name, rows in self.rows.items():
+            target = (lane * self.capacity + slot).to(rows.device)
+            rows.flatten(0, 1).index_copy_(0, target, chunk[name][: len(index)])
+        self.inserted += count
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Removes and returns this rank's part of batch ``step``: ``[batch / lanes * len(lanes), width]`` per hookpoint.
+
+        Picked rows leave holes; the last rows of the lane that were not picked fill them, both in ascending order.
+        """
+        per_lane = self.schedule.batch // self.schedule.lanes
+        counts = self.counts()
+        assert step == self.draws and int(counts.min()) >= per_lane
+        picks = torch.stack(
+            [
+                torch.randperm(count, generator=generator(self.seed, "draw", lane, step))[:per_lane]
+                for lane, count in zip(self.lanes, counts.tolist(), strict=True)
+            ]
+        )
+        tail = (counts - per_lane)[:, None] + torch.arange(per_lane)
+        base = torch.arange(len(self.lanes))[:, None] * self.capacity
+        ordered = picks.sort(1).values
+        tail_is_picked = ordered.gather(1, torch.searchsorted(ordered, tail).clamp_(max=per_lane - 1)) == tail
+        movers = (base + tail)[~tail_is_picked]
+        holes = (base + ordered)[ordered < (counts - per_lane)[:, None]]
+        taken = (base + picks).flatten()
+        batch = {}
+        for name, rows in self.rows.items():
+            flat = rows.flatten(0, 1)
+            batch[name] = flat[taken.to(rows.device)]
+            flat[holes.to(rows.device)] = flat[movers.to(rows.device)]
+        self.draws += 1
+        return batch
+
+    def state(self) -> dict[str, Tensor]:
+        """The filled part of every lane, ``[len(lanes), most filled slots of any lane, width]`` per hookpoint (views)."""
+        # Lane 0 is the first to get a row, on whichever rank it is.
+        most = self.schedule.inserted(0, self.inserted) - self.draws * (self.schedule.batch // self.schedule.lanes)
+        return {name: rows[:, :most] for name, rows in self.rows.items()}
+
+    def restore(self, state: Mapping[str, Tensor], inserted: int, draws: int) -> None:
+        """Takes up the lanes that ``state`` returned after ``inserted`` rows and ``draws`` batches."""
+        self.inserted, self.draws = inserted, draws
+        for name, rows in self.rows.items():
+            rows[:, : state[name].shape[1]] = state[name].to(rows)

@@ -1,0 +1,176 @@
+"""Runs a model and takes the activations at the hookpoints, whole on every rank also where the model is split."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scale_sae.activations.architecture import (
+    attach,
+    auto_class,
+    first_line,
+    input_name,
+    inspect_model,
+    kept_positions,
+    match_hookpoints,
+    model_path,
+)
+from scale_sae.activations.tensor_parallel import parallelize
+from scale_sae.config import ModelConfig
+from scale_sae.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ActivationSource", "inspect_model", "kept_positions", "match_hookpoints"]
+
+
+class _Captured(Exception):
+    """All hookpoints have been seen: the rest of the forward is not needed."""
+
+
+class ActivationSource:
+    """A model in eval mode and the activations at its hookpoints.
+
+    Args:
+        model: what to load, and in which dtype.
+        hookpoints: hookpoint → width, from ``inspect_model``.
+        device: where the model runs.
+        mesh: the ranks that share the model, one-dimensional; all of them make a source and then call the same methods
+            with the same inputs. They may be a part of the world. None, or one rank: not split.
+
+    Attributes:
+        model: the transformers model.
+        forward_tokens: positions run by ``capture`` so far.
+
+    Raises:
+        UserError: the weights are missing or not in safetensors, or the model cannot be split over the mesh.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        hookpoints: Mapping[str, int],
+        device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self.hookpoints = dict(hookpoints)
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self.mesh = mesh if mesh is not None and mesh.size() > 1 else None
+        self.forward_tokens = 0
+        self.model = _load(model, self.dtype)
+        if self.mesh is not None:
+            parallelize(self.model, self.mesh, model.name)
+        self.model.to(self.device)
+        self._input_name = input_name(model)
+
+    @torch.no_grad()
+    def capture(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The activations at all hookpoints; what comes after the last of them is not computed.
+
+        Args:
+            inputs: token ids int64 ``[n, context]`` or pixel values ``[n, C, H, W]``.
+
+        Returns:
+            Hookpoint → ``[n, positions, width]`` in the model's dtype, whole and equal on every rank of the mesh.
+
+        Raises:
+            UserError: the model is split in a way in which a hookpoint's activation cannot be put together.
+        """
+        found: dict[str, Tensor] = {}
+
+        def take(hookpoint: str) -> Callable[[Tensor], None]:
+            def see(activation: Tensor) -> None:
+                # A copy, since some models go on to add to a module's output in place (Falcon's parallel blocks do).
+                found[hookpoint] = _arrived(activation).clone()
+                if len(found) == len(self.hookpoints):
+                    raise _Captured
+
+            return see
+
+        handles = [attach(self.model, hookpoint, take(hookpoint)) for hookpoint in self.hookpoints]
+        try:
+            self._forward(inputs)
+        except _Captured:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        captured = {hookpoint: self._whole(hookpoint, found[hookpoint]) for hookpoint in self.hookpoints}
+        first = next(iter(captured.values()))
+        self.forward_tokens += first.shape[0] * first.shape[1]
+        return captured
+
+    @contextmanager
+    def replace(self, hookpoint: str, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While open, forwards go on with ``fn(x)`` for the activation x ``[n, positions, width]``."""
+
+        def see(activation: Tensor) -> Tensor:
+            return self._share(fn(self._whole(hookpoint, _arrived(activation))), activation)
+
+        handle = attach(self.model, hookpoint, see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The logits of a full forward, ``[n, context, vocabulary]`` of a language model."""
+        logits: Tensor = _arrived(self._forward(inputs).logits)
+        return logits
+
+    def _forward(self, inputs: Tensor) -> Any:
+        dtype = self.dtype if inputs.is_floating_point() else inputs.dtype
+        return self.model(**{self._input_name: inputs.to(self.device, dtype)})
+
+    def _whole(self, hookpoint: str, activation: Tensor) -> Tensor:
+        """``activation`` with all of its columns, gathered over the mesh where a rank has only its own."""
+        if isinstance(activation, DTensor):
+            return _arrived(activation.full_tensor())
+        width, columns = self.hookpoints[hookpoint], activation.shape[-1]
+        if columns == width:
+            return activation
+        if self.mesh is None or columns * self.mesh.size() != width:
+            message = f"hookpoints: {hookpoint} has {columns} of {width} columns on an LM rank and cannot be gathered"
+            raise UserError(f"{message}; use topology.lm.tp: 1 or another hookpoint")
+        parts = [torch.empty_like(activation) for _ in range(self.mesh.size())]
+        dist.all_gather(parts, activation.contiguous(), group=self.mesh.get_group())
+        return torch.cat(parts, dim=-1)
+
+    def _share(self, whole: Tensor, like: Tensor) -> Tensor:
+        """The part of ``whole`` that this rank has in ``like``."""
+        if isinstance(like, DTensor):
+            return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        if self.mesh is None or like.shape == whole.shape:
+            return whole
+        return whole.chunk(self.mesh.size(), dim=-1)[self.mesh.get_local_rank()]
+
+
+def _load(model: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
+    chosen = auto_class(model)
+    try:
+        network: PreTrainedModel = chosen.from_pretrained(
+            model_path(model),
+            revision=model.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {model.name} cannot be loaded: {first_line(error)}") from error
+    # A key-value cache would be filled and dropped in every forward.
+    network.config.use_cache = False
+    return network.eval().requires_grad_(False)
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    """``tensor`` once the collective that makes it is done."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor

@@ -1,0 +1,190 @@
+"""What one tensor-parallel group does together: sums with the right gradients, exact selection over sharded latents.
+
+The latents of an SAE are cut over the tp ranks into contiguous ascending blocks, one ``Shard`` each. A single device is
+a shard of size 1 and runs the same code: only this module asks whether a group has one member.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from scale_sae.errors import UserError
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_RESELECT_ELEMENTS = 2**24  # scores that the exact pass over cut ties looks at in one go: bounds its memory
+
+# Newer torch renames it and warns of the old name; the supported range has both.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class NonFiniteError(ValueError):
+    """Some shard's scores hold NaN or an infinity. Every rank of the group raises it, so none waits for another."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tp rank's slice of the latents.
+
+    Every member of the group must make the same calls in the same order, backward passes included.
+
+    Attributes:
+        rank: this rank's position in the tp group; blocks of latents ascend with it.
+        size: number of tp ranks.
+        group: the process group; None only for size 1 (or to mean the whole world).
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def rows(self, total: int) -> slice:
+        """This rank's block of ``total`` latents, as a slice of global latent numbers.
+
+        Raises:
+            UserError: ``total`` is not divisible by the number of shards.
+        """
+        if total % self.size:
+            raise UserError(
+                f"d_sae: {total} latents cannot be split evenly over {self.size} shards; "
+                f"set topology.sae.tp to a divisor of {total}, or d_sae to a multiple of {self.size}"
+            )
+        width = total // self.size
+        return slice(self.rank * width, (self.rank + 1) * width)
+
+    def prefix(self, width: int, d_sae: int) -> slice:
+        """The local slice of those of this rank's latents that are among the first ``width`` of all ``d_sae``."""
+        own = self.rows(d_sae)
+        return slice(0, min(max(width - own.start, 0), own.stop - own.start))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every shard's ``x``. Its gradient, alike on all ranks, reaches each shard's ``x`` unchanged."""
+        return x if self.size == 1 else _Sum.apply(x, self)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """``x``, alike on all ranks, for use with local latents: its gradient is the sum over the shards' gradients."""
+        return x if self.size == 1 else _Copy.apply(x, self)
+
+    def all_reduce(self, x: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+        """The elementwise ``op`` over the shards as a new tensor, bit-identical on all ranks, without gradient."""
+        reduced = x.detach().clone(memory_format=torch.contiguous_format)
+        if self.size > 1:
+            dist.all_reduce(reduced, _OPS[op], group=self.group)
+        return reduced
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every shard's ``x`` (same shape on all) in rank order: a new tensor ``[size, *x.shape]`` without gradient."""
+        if self.size == 1:
+            return x.detach().clone(memory_format=torch.contiguous_format)[None]
+        gathered = x.new_empty(self.size * x.numel())
+        _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group)
+        return gathered.view(self.size, *x.shape)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        return shard.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.all_reduce(grads[0]), None
+
+
+@torch.no_grad()
+def select_topk(scores: Tensor, k: int, shard: Shard, *, signed: bool = False) -> tuple[Tensor, Tensor]:
+    """The entries of this shard that belong to the TopK of each row over all shards' latents.
+
+    A row's order is (score descending, global latent ascending), whatever the number of shards; −0.0 and 0.0 are equal.
+    Costs one all-gather of ``B·k`` values per rank, one host synchronisation, ``O(B·k·size)`` memory, and beside
+    ``torch.topk`` one pass over the scores, which checks that all are finite.
+
+    Args:
+        scores: ``[B, n_local]`` of any floating dtype, the same on all shards; ``n_local`` may differ and be 0.
+        k: entries to select per row, at least 1.
+        shard: where ``scores`` lies among the latents.
+        signed: select the k largest whatever their sign; otherwise only values above 0 are ever selected, so that a row
+            may have fewer than k entries.
+
+    Returns:
+        ``rows`` and ``latents`` (local numbers), int64 ``[nnz]``, by row and ascending latent inside a row.
+
+    Raises:
+        NonFiniteError: a score of any shard is NaN or infinite.
+    """
+    n_local = scores.shape[1]
+    # One candidate more than k shows whether a tie at the threshold was cut; 16-bit values tie so often that a few more
+    # keep nearly all their ties among the candidates.
+    spare = 8 + k // 8 if scores.dtype.itemsize == 2 else 1
+    values, latents = scores.topk(min(n_local, k + spare), dim=1)
+    gathered = shard.all_gather(_to_send(scores, values, k))
+
+    floor = -math.inf if signed else 0.0
+    threshold = gathered.transpose(0, 1).flatten(1).topk(k, dim=1, sorted=False).values.amin(1).clamp_(min=floor)
+    # All that exceed the threshold are in; what is left of k goes to the ties, lower latents (so lower ranks) first.
+    ties = (gathered == threshold[:, None]).sum(2)
+    left = k - (gathered > threshold[:, None]).sum((0, 2)) - ties[: shard.rank].sum(0)
+    quota = torch.minimum(left.clamp(min=0), ties[shard.rank]).masked_fill_(threshold == floor, 0)
+
+    # torch.topk promises no order of ties: where the last candidate is one, lower latents may have been left out.
+    cut = quota > 0
+    if values.shape[1] < n_local:
+        cut &= values[:, -1] == threshold
+    else:
+        cut.zero_()  # all latents are candidates
+    counts = torch.stack([gathered.isnan().sum(), cut.sum(), (values > threshold[:, None]).sum() + quota.sum()])
+    n_invalid, n_cut, nnz = counts.tolist()
+    if n_invalid:
+        raise NonFiniteError("select_topk: the scores hold NaN or infinite values")
+    if n_cut:
+        rows = torch.nonzero_static(cut, size=n_cut)[:, 0]
+        values[rows], latents[rows] = _reselect(scores, rows, threshold, values.shape[1])
+
+    latents, order = latents.sort(dim=1)
+    values = values.gather(1, order)
+    tied = values == threshold[:, None]
+    chosen = (values > threshold[:, None]) | (tied & (tied.cumsum(1) <= quota[:, None]))
+    rows, slots = torch.nonzero_static(chosen, size=nnz).t().contiguous()
+    return rows, latents[rows, slots]
+
+
+def _to_send(scores: Tensor, values: Tensor, k: int) -> Tensor:
+    """``[B, k]``: this shard's k best of each row, −inf where it has fewer; with a NaN if a score is not finite."""
+    best = F.pad(values[:, :k], (0, max(0, k - values.shape[1])), value=-math.inf)
+    if scores.shape[1]:
+        low, high = scores.amin(1), values[:, 0]  # NaN wins both
+        best[:, 0] += (low - low) + (high - high)  # 0, or NaN where an end is NaN or infinite
+    return best
+
+
+def _reselect(scores: Tensor, rows: Tensor, threshold: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` candidates of each of ``rows``: those above the threshold, then its ties by ascending latent.
+
+    The keys that stand for the scores are all different, so the order is exact: n + (n − latent) above the threshold,
+    n − latent on it, 0 below.
+    """
+    n = scores.shape[1]
+    descending = torch.arange(n, 0, -1, dtype=torch.int32, device=scores.device)
+    found = []
+    for block in rows.split(max(1, _RESELECT_ELEMENTS // n)):
+        block_scores, block_threshold = scores[block], threshold[block, None]
+        keys = (block_scores > block_threshold).int().mul_(n).add_(descending)
+        keys.masked_fill_(block_scores < block_threshold, 0)
+        found.append(keys.topk(count, dim=1).indices)
+    latents = torch.cat(found)
+    return scores[rows[:, None], latents], latents

@@ -1,0 +1,284 @@
+"""The keys of a config: what each means, what it may be, and what it is when it is left out.
+
+A config file is YAML; its keys are the fields of ``RunConfig`` and of the sections that it holds. The comments beside
+the fields are the reference; ``configs/quickstart.yaml`` is a complete example, and ``config.load`` reads and checks.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from scale_sae.config_parsing import convert, from_mapping, read_number, require, require_mapping, to_plain
+from scale_sae.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model (or vision model) whose activations are captured."""
+
+    # Hub id, local folder, or "embedded": the small trained LM that comes with the package.
+    name: str = "embedded"
+    # The class of transformers that loads it: AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification...
+    auto_class: str = "AutoModelForCausalLM"
+    # What the model computes in, and so what crosses from LM ranks to SAE ranks.
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    # Branch, tag or commit on the hub; null: its default branch.
+    revision: str | None = None
+    # Whether code that comes with the model may run.
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text (or images) that the model reads, and how it is cut into contexts."""
+
+    # Hub id, local file or folder, or "embedded": the source of the installed Python's standard library.
+    dataset: str = "embedded"
+    # The dataset's configuration on the hub, where it has several ("en", "sample-10BT").
+    dataset_name: str | None = None
+    # Branch, tag or commit on the hub; null: its default branch.
+    revision: str | None = None
+    split: str = "train"
+    # The column that holds text, or token ids (lists of integers), or images for a vision model.
+    column: str = "text"
+    # Read the dataset while training instead of downloading it first.
+    streaming: bool = True
+    # Tokens per context, BOS included.
+    context_size: int = 128
+    # Contexts per chunk; one LM replica forwards one chunk at a time. Part of the run: it decides the order of rows.
+    chunk_contexts: int = 32
+    # Share of the documents held out of training for evaluation, chosen by their content.
+    eval_fraction: float = 0.01
+    # Whether every context starts with the tokenizer's BOS token.
+    prepend_bos: bool = True
+    # The token between two documents of one context; null: none.
+    sequence_separator_token: Literal["bos", "eos"] | None = "bos"
+    # Whether the activations at special tokens (BOS, EOS, padding...) are left out; or the token ids to leave out.
+    exclude_special_tokens: bool | tuple[int, ...] = True
+    # The arguments of Python's slice: which positions of a context give activations. [1, null] leaves out the first.
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    # Hub id or local folder of the tokenizer; null: the model's own.
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The length of the stream and the optimizer. All but the first two keys may also stand in an entry of ``saes``."""
+
+    # Activations (tokens that are kept) that every SAE is trained on.
+    training_tokens: int = 2_000_000
+    # Activations per step, over all ranks.
+    train_batch_size_tokens: int = 2048
+    # Peak learning rate of Adam.
+    lr: float = 4e-4
+    # Where the schedule's main part and the decay end; null: lr / 10.
+    lr_end: float | None = None
+    # The schedule between warm-up and decay.
+    lr_scheduler_name: Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"] = "constant"
+    # Cycles of cosineannealingwarmrestarts.
+    n_restart_cycles: int = 1
+    # Steps in which lr rises linearly to its peak.
+    lr_warm_up_steps: int = 0
+    # Steps at the end in which lr falls linearly to zero.
+    lr_decay_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    # The norm that the gradient of one SAE (all of its parameters on all shards) is clipped to.
+    max_grad_norm: float = 1.0
+    # A latent that has not fired on this many tokens is dead.
+    dead_feature_window_tokens: int = 1_000_000
+    # Steps over which firing frequencies are counted before they start anew.
+    feature_sampling_window: int = 2000
+
+
+STREAM_KEYS = frozenset({"training_tokens", "train_batch_size_tokens"})
+
+
+@dataclass(frozen=True)
+class SAEEntry:
+    """One entry of ``saes``: an SAE that is trained at every hookpoint, or at its own ``hookpoints``.
+
+    In YAML an entry is flat: ``{name: wide, architecture: topk, d_sae: 65536, k: 32, lr: 2.0e-4}``.
+    """
+
+    architecture: str = "topk"
+    # Ends the sae_id: `<hookpoint>/<name>`. Needed where a hookpoint has several SAEs.
+    name: str | None = None
+    # Hookpoints of this SAE alone; null: those of the run.
+    hookpoints: tuple[str, ...] | None = None
+    # Keys of the `train` section that differ for this SAE (all but training_tokens and train_batch_size_tokens).
+    train: dict[str, Any] = field(default_factory=dict)
+    # Every other key: d_sae (the number of latents, required) and the options of the architecture, such as k.
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents over all shards."""
+        return int(self.options["d_sae"])
+
+    @classmethod
+    def from_yaml(cls, value: Any, key: str) -> "SAEEntry":
+        """The entry in the flat mapping ``value``; UserError naming ``key`` and what is wrong."""
+        hints, train_hints = get_type_hints(cls), get_type_hints(TrainConfig)
+        own = ("architecture", "name", "hookpoints")
+        require_mapping(value, key, (*own, "d_sae", "k", "..."))
+        entry: dict[str, Any] = {"train": {}, "options": {}}
+        for name, item in value.items():
+            dotted = f"{key}.{name}"
+            require(name not in ("train", "options"), dotted, item, "is a level too many; write its keys beside d_sae")
+            require(name not in STREAM_KEYS, dotted, item, f"is the same for all SAEs; set train.{name}")
+            if name in own:
+                entry[name] = convert(item, hints[name], dotted)
+            elif name in train_hints:
+                entry["train"][name] = convert(item, train_hints[name], dotted)
+            else:
+                entry["options"][name] = read_number(item)
+        options = entry["options"]
+        if "d_sae" not in options:
+            raise UserError(f"{key}.d_sae: missing; give the number of latents")
+        convert(options["d_sae"], int, f"{key}.d_sae")
+        require(options["d_sae"] > 0, f"{key}.d_sae", options["d_sae"], "must be above 0")
+        if "k" in options:
+            convert(options["k"], int | float, f"{key}.k")
+            require(0 < options["k"] <= options["d_sae"], f"{key}.k", options["k"], "must be above 0 and at most d_sae")
+        return cls(**entry)
+
+    def to_yaml(self) -> dict[str, Any]:
+        """The flat mapping that ``from_yaml`` reads."""
+        own = {"name": self.name, "architecture": self.architecture, "hookpoints": self.hookpoints}
+        return {name: to_plain(item) for name, item in {**own, **self.train, **self.options}.items()}
+
+
+@dataclass(frozen=True)
+class LMTopology:
+    """The ranks that run the language model: ``{tp: .., dp: ..}`` of their own, or the word ``colocated``."""
+
+    # Tensor parallelism: the ranks that one copy of the model is split over.
+    tp: int = 1
+    # Data parallelism: the copies of the model. They take the chunks in turn.
+    dp: int = 1
+    # `lm: colocated` in YAML: every SAE rank also runs a whole copy (tp 1, dp = all of them).
+    colocated: bool = False
+
+    @classmethod
+    def from_yaml(cls, value: Any, key: str) -> "LMTopology":
+        """``colocated`` or a mapping; where colocated, dp is set by ``TopologyConfig``, which knows the SAE ranks."""
+        if value == "colocated":
+            return cls(colocated=True)
+        require(isinstance(value, Mapping), key, value, "is neither {tp: .., dp: ..} nor colocated")
+        if "colocated" in value:
+            raise UserError(f"{key}.colocated: unknown key; write {key}: colocated, without tp and dp")
+        return from_mapping(cls, value, key)
+
+    def to_yaml(self) -> dict[str, int] | str:
+        """What ``from_yaml`` reads."""
+        return "colocated" if self.colocated else {"tp": self.tp, "dp": self.dp}
+
+
+@dataclass(frozen=True)
+class SAETopology:
+    """The ranks that hold the SAEs: ``groups`` grids of ``dp`` x ``tp``."""
+
+    # Groups of ranks; the SAEs are dealt out to them.
+    groups: int = 1
+    # Ranks that share the batch.
+    dp: int = 1
+    # Shards: each holds d_sae / tp latents of every SAE of its group.
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    """How the work is laid over ranks (processes, one per GPU). It never changes the result."""
+
+    lm: LMTopology = field(default_factory=LMTopology)
+    sae: SAETopology = field(default_factory=SAETopology)
+    # What owns the optimizer state; dp > 1 needs fsdp2 or deepspeed.
+    engine: Literal["local", "fsdp2", "deepspeed"] = "local"
+
+    @classmethod
+    def from_yaml(cls, value: Any, key: str) -> "TopologyConfig":
+        """The section in the mapping ``value``, with the dp of a colocated LM filled in."""
+        topology = from_mapping(cls, value, key)
+        if not topology.lm.colocated:
+            return topology
+        return dataclasses.replace(topology, lm=LMTopology(tp=1, dp=topology.sae_ranks, colocated=True))
+
+    @property
+    def sae_ranks(self) -> int:
+        """The number of processes that hold SAE shards."""
+        return self.sae.groups * self.sae.dp * self.sae.tp
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that the run needs."""
+        return self.sae_ranks if self.lm.colocated else self.lm.tp * self.lm.dp + self.sae_ranks
+
+
+@dataclass(frozen=True)
+class BufferConfig:
+    """The shuffle buffer of each hookpoint, split evenly over the ranks of a group."""
+
+    # Activations that the buffer holds.
+    tokens: int = 65536
+    # Slices that are shuffled each on its own. A multiple of sae.dp x sae.tp; part of the run, so choose it for the
+    # largest number of ranks that the run may ever have.
+    lanes: int = 64
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and what to save for a restart."""
+
+    every_steps: int = 200
+    # Newest checkpoints to keep.
+    keep: int = 2
+    # save: with the shuffle buffer, so that a restart is bitwise. refill: without it, smaller; the rows then differ.
+    buffer: Literal["save", "refill"] = "save"
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is logged, and how often; always to ``metrics.jsonl`` in the output folder."""
+
+    log_every_steps: int = 10
+    # Also to Weights & Biases. `wandb` is another name for this key.
+    log_to_wandb: bool = False
+    wandb_project: str = "scale_sae"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Two runs with equal configs, but for the keys in ``NOT_IDENTITY``, train the same SAEs."""
+
+    # Module names of the model, in which * stands for anything but a dot: model.layers.12, model.layers.*.
+    # Captured is the module's output, or with the suffix :in its input.
+    hookpoints: tuple[str, ...]
+    saes: tuple[SAEEntry, ...]
+    # Decides the initial weights and the order of the activations.
+    seed: int = 0
+    # The run's folder: resolved config, metrics, checkpoints. All nodes must see it.
+    output_dir: str = "runs/quickstart"
+    # auto: go on from the newest checkpoint in output_dir, if any. never: refuse a folder that holds a run.
+    # Otherwise the path of a checkpoint to start from.
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def hookpoints_of(self, entry: SAEEntry) -> tuple[str, ...]:
+        """The hookpoint patterns that ``entry`` is trained at."""
+        return self.hookpoints if entry.hookpoints is None else entry.hookpoints
+
+    def train_of(self, entry: SAEEntry) -> TrainConfig:
+        """The training settings of ``entry``: the run's, with its own in their place."""
+        return dataclasses.replace(self.train, **entry.train)
+
+
+# Sections and keys that may differ between two launches of the same run.
+NOT_IDENTITY = frozenset({"topology", "checkpoint", "logging", "resume", "output_dir"})

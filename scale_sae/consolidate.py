@@ -1,0 +1,253 @@
+"""Makes a release of a run's newest intact checkpoint: ``python -m scale_sae.consolidate RUN_DIR --out DIR``.
+
+Each SAE becomes one folder in SAELens's format, ``DIR/<sae_id>/``, beside a model card. Every file is read back and
+compared with the sharded SAE; ``DIR`` appears when all of them are equal, or not at all. SAEs are read and written in
+blocks, so that memory does not grow with them.
+"""
+
+import inspect
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+
+from scale_sae import checkpoint, config
+from scale_sae.checkpoint import read_rows
+from scale_sae.errors import UserError, nearest
+from scale_sae.export import CFG, RUNNER_CFG, SPARSITY, WEIGHTS, ExportError, Report, export_sae
+from scale_sae.saes.base import DTYPES
+
+SAELENS_VERSION = "6.54.12"  # whose format the releases have; SAELens's loaders ask
+CARD = "README.md"
+TAG = "- scale_sae"  # the line of a model card that tells a release of this command
+SAE_FILES = {WEIGHTS, CFG, SPARSITY, RUNNER_CFG, "eval.json"}
+
+
+def main(
+    run_dir: Any = None, *extra: Any, out: Any = None, step: Any = None, dtype: Any = None, **unknown: Any
+) -> None:
+    """python -m scale_sae.consolidate RUN_DIR --out DIR [--step N] [--dtype D]
+
+    Writes the SAEs of a run's checkpoint as a release that SAELens loads.
+
+    Args:
+        run_dir: the run's output_dir.
+        out: folder of the release; replaced if it is a release already.
+        step: the checkpoint's step. Without it: the newest that is intact.
+        dtype: float32, float64 or bfloat16. Without it: as trained.
+    """
+    if unknown.keys() & {"help", "h"}:  # Fire hands them over, as it does every flag that is not declared
+        print(inspect.getdoc(main))
+        return
+    try:
+        _check_arguments(run_dir, extra, out, step, dtype, unknown)
+        consolidate(Path(str(run_dir)), Path(str(out)), step, dtype)
+    except (UserError, ExportError, OSError) as error:  # OSError: a full disk, or a folder that may not be written
+        sys.exit(f"error: {error}")
+
+
+def _check_arguments(
+    run_dir: Any, extra: Sequence[Any], out: Any, step: Any, dtype: Any, unknown: Mapping[str, Any]
+) -> None:
+    for name, value in unknown.items():
+        raise UserError(f"--{name} {value}: no such option{nearest(name, ('out', 'step', 'dtype'))}")
+    if extra:
+        raise UserError(f"{extra[0]}: the run's output_dir is the only argument; the release's folder goes after --out")
+    if run_dir is None:
+        raise UserError("RUN_DIR is missing: give the output_dir of a run")
+    if out is None or isinstance(out, bool):
+        raise UserError("--out is missing: give the folder of the release")
+    if step is not None and type(step) is not int:
+        raise UserError(f"--step {step}: must be the number of a step")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
+
+
+def consolidate(run_dir: Path, out: Path, step: int | None = None, dtype: str | None = None) -> list[Report]:
+    """Writes the release and prints a line per SAE; arguments as for `main`.
+
+    Raises:
+        UserError: no intact checkpoint (of that step), or ``out`` holds something else.
+        ExportError: a written SAE is not equal to the sharded one.
+    """
+    if out.exists() and not is_release(out):
+        raise UserError(f"--out {out}: exists and is not a release of scale_sae; remove it or choose another folder")
+    folder = choose(run_dir, step)
+    meta = checkpoint.read_meta(folder)
+    aside = out.absolute().with_name(f".{out.absolute().name}.writing")
+    if aside.exists():
+        shutil.rmtree(aside)
+    try:
+        described = [(job, metadata(folder, meta, job)) for job in meta["jobs"]]
+        reports = []
+        for job, about in described:
+            report = export_sae(folder, job, aside / checkpoint.folder_name(job["sae_id"]), about, dtype)
+            reports.append(report)
+            print(
+                f"{report.sae_id}: written as {report.dtype}, reloaded, equals the sharded SAE of step {meta['step']} "
+                f"(largest relative difference {report.difference:.1e})"
+            )
+        (aside / CARD).write_text(model_card(meta, described, command(run_dir, out, step, dtype)))
+        _replace(out.absolute(), aside)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+    print(f"released {len(reports)} SAEs in {out}")
+    return reports
+
+
+def choose(run_dir: Path, step: int | None) -> Path:
+    """The checkpoint of ``step``, or the newest, that is intact; says which newer ones are damaged."""
+    found = checkpoint.complete(run_dir)
+    if not found:
+        raise UserError(f"{run_dir}: holds no complete checkpoint; give the output_dir of a run that has saved one")
+    candidates = [folder for folder in found if step is None or checkpoint.step_of(folder) == step]
+    if not candidates:
+        steps = ", ".join(str(checkpoint.step_of(folder)) for folder in found)
+        raise UserError(f"--step {step}: {run_dir} has no complete checkpoint of that step; it has {steps}")
+    for folder in candidates:
+        problems = checkpoint.verify(folder)
+        if not problems:
+            return folder
+        print(f"checkpoint {folder.name} is damaged and is left out: {problems[0]}", file=sys.stderr)
+    raise UserError(f"{run_dir}: no intact checkpoint{'' if step is None else f' of step {step}'}; restore one")
+
+
+def is_release(folder: Path) -> bool:
+    """Whether ``folder`` may be replaced: empty, or only files that a release has, with this command's model card."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    if not folder.is_dir() or not files:
+        return folder.is_dir()
+    known = all(path.name in SAE_FILES or path == Path(CARD) for path in files)
+    return known and (folder / CARD).exists() and TAG in (folder / CARD).read_text().splitlines()
+
+
+def _replace(out: Path, aside: Path) -> None:
+    """Puts ``aside`` in the place of ``out``."""
+    old = out.with_name(f".{out.name}.replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    aside.rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """SAELens's metadata of one SAE, and where it comes from."""
+    run = config.from_dict(meta["config"])
+    statistics = firing_statistics(folder, job, run.train_of(run.saes[job["entry"]]).dead_feature_window_tokens)
+    return {
+        "sae_lens_version": SAELENS_VERSION,
+        "sae_lens_training_version": None,
+        "training_library": "scale_sae",
+        "training_architecture": job["architecture"],
+        "training_steps": meta["step"],
+        "training_tokens": meta["tokens"],
+        "model_name": run.model.name,
+        "model_revision": run.model.revision,
+        "model_class_name": run.model.auto_class,
+        "model_from_pretrained_kwargs": {},
+        "hook_name": job["hookpoint"],
+        "hook_head_index": None,
+        "dataset_path": run.data.dataset,
+        "context_size": run.data.context_size,
+        "seqpos_slice": run.data.seqpos_slice,
+        "prepend_bos": run.data.prepend_bos,
+        "exclude_special_tokens": run.data.exclude_special_tokens,
+        "sequence_separator_token": run.data.sequence_separator_token,
+        "disable_concat_sequences": False,
+        **statistics,
+    }
+
+
+def firing_statistics(folder: Path, job: Mapping[str, Any], dead_window: int) -> dict[str, float | int | None]:
+    """Mean l0 over the present sparsity window (None before the first step), and how many latents are dead now."""
+    sae = checkpoint.sae_folder(folder, job["sae_id"])
+    window = {"window_tokens": torch.zeros((), dtype=torch.int64)}
+    checkpoint.load_replicated(sae, window)
+    tokens = int(window["window_tokens"])
+    fired = read_rows(sae, "fired_count", 0, job["d_sae"]).sum().item()
+    dead = read_rows(sae, "tokens_since_fired", 0, job["d_sae"]) > dead_window
+    return {"l0": fired / tokens if tokens else None, "num_dead_features": int(dead.sum())}
+
+
+def command(run_dir: Path, out: Path, step: int | None, dtype: str | None) -> str:
+    """The command line that makes this release."""
+    parts = ["python", "-m", "scale_sae.consolidate", str(run_dir), "--out", str(out)]
+    parts += ["--step", str(step)] if step is not None else []
+    parts += ["--dtype", dtype] if dtype is not None else []
+    return shlex.join(parts)
+
+
+def model_card(
+    meta: Mapping[str, Any], described: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], command_line: str
+) -> str:
+    """The release's README; ``described``: each job with its metadata."""
+    model, data = meta["config"]["model"], meta["config"]["data"]
+    rows = [
+        f"| `{checkpoint.folder_name(job['sae_id'])}` | `{job['hookpoint']}` | {job['architecture']} | {job['d_in']} "
+        f"| {job['d_sae']} | {_number(about['l0'])} | {about['num_dead_features']} |"
+        for job, about in described
+    ]
+    first = checkpoint.folder_name(described[0][0]["sae_id"])
+    return CARD_TEXT.format(
+        tag=TAG,
+        model=model["name"],
+        dataset=data["dataset"],
+        tokens=meta["tokens"],
+        step=meta["step"],
+        rows="\n".join(rows),
+        first=first,
+        command=command_line,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+CARD_TEXT = """---
+library_name: saelens
+tags:
+- sparse-autoencoder
+{tag}
+---
+
+# Sparse autoencoders for {model}
+
+Trained with scale_sae on {tokens} activations of `{model}` over `{dataset}` ({step} steps).
+
+| SAE | hookpoint | architecture | d_in | d_sae | L0 | dead latents |
+|---|---|---|---|---|---|---|
+{rows}
+
+L0 is the mean over the last tokens of the training stream; `runner_cfg.json` in each folder is the run's whole config.
+
+## Use
+
+Every folder is one SAE in SAELens's format:
+
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("path/to/this/folder/{first}")  # or SAE.from_pretrained("user/repository", "{first}")
+latents = sae.encode(activations)  # [..., d_in] -> [..., d_sae]
+```
+
+## Made by
+
+```
+{command}
+```
+"""
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

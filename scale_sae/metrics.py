@@ -1,0 +1,114 @@
+"""What a run says about itself: ``metrics.jsonl``, a progress bar, and wandb when it is asked for.
+
+Metric names are SAELens's where the quantity is the same.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_sae.config import LoggingConfig
+
+
+def reconstruction_metrics(x: Tensor, x_hat: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Explained variance ``1 - Σ‖x - x̂‖² / Σ‖x - mean‖²`` over the rows ``[B, d_in]`` of weight 1.
+
+    ``weights`` is ``[B]`` of zeros and ones. Formula: SAELens 6.54's ``explained_variance``.
+    """
+    count = weights.sum().clamp(min=1)
+    mean = (x * weights[:, None]).sum(0) / count
+    residual = ((x - x_hat).square().sum(1) * weights).sum()
+    total = ((x - mean).square().sum(1) * weights).sum()
+    return {"metrics/explained_variance": 1 - residual / total}
+
+
+class MetricsWriter:
+    """The main process's logs: one JSON line per SAE and log step, a progress bar, wandb."""
+
+    def __init__(
+        self, run_dir: Path, logging: LoggingConfig, total_steps: int, batch: int, start_step: int, config: dict[str, Any]
+    ):
+        from tqdm import tqdm
+
+        self.path = run_dir / "metrics.jsonl"
+        _truncate(self.path, start_step)
+        self.file = self.path.open("a")
+        self.bar = tqdm(
+            total=total_steps * batch, initial=start_step * batch, unit="tok", unit_scale=True, desc="training", file=sys.stderr
+        )
+        self.batch = batch
+        self.wandb = None
+        if logging.log_to_wandb:
+            import wandb
+
+            id_file = run_dir / "wandb_id"
+            run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+            id_file.write_text(run_id)
+            self.wandb = wandb.init(
+                project=logging.wandb_project, id=run_id, resume="allow", dir=str(run_dir), config=config
+            )
+
+    def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Logs one record per SAE at ``step`` (steps done so far)."""
+        for record in records:
+            self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.bar.set_postfix(_summary(records))
+        if self.wandb is not None:
+            values = {
+                f"{record['sae_id']}/{name}": value
+                for record in records
+                for name, value in record.items()
+                if isinstance(value, int | float) and name not in ("step", "tokens")
+            }
+            self.wandb.log({**values, "tokens": step * self.batch}, step=step)
+
+    def advance(self) -> None:
+        self.bar.update(self.batch)
+
+    def say(self, line: str) -> None:
+        """A line on stderr that does not break the progress bar."""
+        self.bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The progress bar's figures: means over the SAEs."""
+
+    def mean(name: str) -> float:
+        return sum(record[name] for record in records) / len(records)
+
+    return {
+        "loss": f"{mean('losses/overall_loss'):.3g}",
+        "L0": f"{mean('metrics/l0'):.1f}",
+        "EV": f"{mean('metrics/explained_variance'):.3f}",
+        "dead": f"{mean('sparsity/dead_features'):.0f}",
+    }
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops the lines after ``step``: a resumed run writes them again."""
+    if not path.exists():
+        return
+    # A killed run may leave half a line at the end.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+
+
+def to_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """One transfer from the device for all of ``values`` (0-dim tensors)."""
+    if not values:
+        return {}
+    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))

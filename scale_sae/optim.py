@@ -1,0 +1,117 @@
+"""The optimizer of one SAE: clip-norm over all shards, a guard against non-finite steps, Adam on own rows."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scale_sae.collectives import Shard
+from scale_sae.saes.base import TrainingSAE
+
+if TYPE_CHECKING:  # reading config files needs more than torch
+    from scale_sae.config import TrainConfig
+
+
+def learning_rate(step: int, total_steps: int, train: "TrainConfig") -> float:
+    """SAELens's schedule: linear warm-up, the main part, linear decay to 0.
+
+    Args:
+        step: the update, from 0.
+        total_steps: updates of the whole run.
+        train: gives lr, lr_end, lr_scheduler_name, n_restart_cycles, lr_warm_up_steps and lr_decay_steps.
+    """
+    lr = train.lr
+    lr_end = lr / 10 if train.lr_end is None else train.lr_end
+    warm_up, decay = train.lr_warm_up_steps, train.lr_decay_steps
+    if step < warm_up:
+        return lr * (step + 1) / warm_up
+    if step >= total_steps - decay:
+        start = lr if train.lr_scheduler_name == "constant" else lr_end
+        return start * (total_steps - step) / decay
+    if train.lr_scheduler_name == "constant":
+        return lr
+    cycles = train.n_restart_cycles if train.lr_scheduler_name == "cosineannealingwarmrestarts" else 1
+    period = (total_steps - warm_up - decay) // cycles
+    progress = (step - warm_up) % period / period
+    return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Optimizer:
+    """Adam for one shard of one SAE.
+
+    Attributes:
+        skipped: int64 scalar tensor, the updates left out because the loss or the gradient was not finite.
+    """
+
+    def __init__(self, sae: TrainingSAE, shard: Shard, settings: "TrainConfig", total_steps: int):
+        """The state exists from here on, as zeros, so that a checkpoint can be copied into it."""
+        self.sae = sae
+        self.shard = shard
+        self.settings = settings
+        self.total_steps = total_steps
+        self.parameters = dict(sae.named_parameters())
+        self.skipped = torch.zeros((), dtype=torch.int64, device=sae.b_dec.device)
+        self.adam = torch.optim.Adam(
+            self.parameters.values(), lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), fused=True
+        )
+        for parameter in self.parameters.values():
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self, loss: Tensor, step: int) -> Tensor:
+        """Backward, clip, update, and drop the gradients. Reads nothing from the device.
+
+        Args:
+            loss: scalar, the same on every shard.
+            step: the update, from 0: sets the learning rate.
+
+        Returns:
+            The gradient's norm over all shards before clipping, scalar. Where it or the loss is not finite, nothing is
+            updated and ``skipped`` grows by 1.
+        """
+        loss.backward()
+        norm = self._gradient_norm()
+        clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(clip)
+        skip = ~(loss.detach().isfinite() & norm.isfinite())
+        # Fused Adam leaves parameters and state alone where this is 1; it is how torch's gradient scaler skips.
+        self.adam.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+        self.adam.param_groups[0]["lr"] = learning_rate(step, self.total_steps, self.settings)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.skipped += skip
+        return norm
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """Adam's moments of this shard's latents, ``adam.exp_avg.W_dec`` and so on: the latent is dimension 0."""
+        return self._moments(self.parameters.keys() - self.sae.replicated)
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """What is the same on every shard: moments of replicated parameters, Adam's step counts, ``skipped``."""
+        steps = {f"adam.step.{name}": self.adam.state[p]["step"] for name, p in self.parameters.items()}
+        return self._moments(self.sae.replicated) | steps | {"skipped": self.skipped}
+
+    def _moments(self, names: set[str] | frozenset[str]) -> dict[str, Tensor]:
+        return {
+            f"adam.{moment}.{name}": self.adam.state[self.parameters[name]][moment]
+            for name in sorted(names)
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+    def _gradient_norm(self) -> Tensor:
+        """Over all shards, each replicated parameter counted once; in float32 where gradients are narrower."""
+        return (self.shard.all_reduce(self._squares(replicated=False)) + self._squares(replicated=True)).sqrt()
+
+    def _squares(self, *, replicated: bool) -> Tensor:
+        dtype = torch.promote_types(self.sae.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=self.sae.b_dec.device)
+        for name, parameter in self.parameters.items():
+            if (name in self.sae.replicated) == replicated and parameter.grad is not None:
+                total += torch.linalg.vector_norm(parameter.grad, dtype=dtype).square()
+        return total

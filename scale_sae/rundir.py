@@ -1,0 +1,127 @@
+"""The folder of a run: who may write to it, whether it belongs to this config, and which checkpoint to go on from."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from scale_sae import checkpoint
+from scale_sae.config import RunConfig, differences, from_dict, identity, to_dict
+from scale_sae.errors import UserError
+
+CONFIG = "config.yaml"
+STOP = "stop"
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Takes the folder for this process; the lock ends with it. ``UserError`` if another run holds it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"output_dir: {run_dir} is in use by another run; wait for it or choose another folder") from None
+    return handle
+
+
+def prepare(config: RunConfig) -> None:
+    """Checks that ``output_dir`` is new or holds this very run, and writes the resolved config into it.
+
+    One rank calls it, holding the lock. ``UserError`` names the first keys that differ from the run in the folder.
+    """
+    run_dir = Path(config.output_dir)
+    path = run_dir / CONFIG
+    if path.exists():
+        if config.resume == "never":
+            raise UserError(f"output_dir: {run_dir} already holds a run; set resume: auto to go on, or choose another folder")
+        check_same_run(config, to_dict(from_dict(yaml.safe_load(path.read_text()))), checkpoint.complete(run_dir), str(run_dir))
+    elif checkpoint.complete(run_dir):
+        raise UserError(f"output_dir: {run_dir} holds checkpoints but no {CONFIG}; choose another folder")
+    aside = run_dir / f".{CONFIG}"
+    aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    aside.rename(path)
+    (run_dir / STOP).unlink(missing_ok=True)
+
+
+def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[Path], where: str) -> None:
+    """``UserError`` unless ``config`` is the run ``saved`` (a plain resolved config) in all that decides its result.
+
+    ``training_tokens`` may grow as long as no learning rate depends on where the run ends.
+    """
+    old = from_dict(saved)
+    found = differences(identity(old), identity(config))
+    grows = config.train.training_tokens > old.train.training_tokens
+    if grows and all(line.startswith("train.training_tokens") for line in found):
+        done = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
+        steps = old.train.training_tokens // old.train.train_batch_size_tokens
+        settings = [old.train_of(entry) for entry in old.saes]
+        if all(t.lr_scheduler_name == "constant" and done <= steps - t.lr_decay_steps for t in settings):
+            return
+        raise UserError(
+            "train.training_tokens: cannot grow any more: the schedule of the saved run is already heading for its end; "
+            "choose another output_dir"
+        )
+    if found:
+        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+        raise UserError(
+            f"output_dir: {where} holds a run with another config ({'; '.join(found[:2])}{more}); "
+            "choose another output_dir or restore the config"
+        )
+
+
+def check_shared(run_dir: Path, nonce: str) -> None:
+    """``UserError`` if this rank does not see the file that rank 0 made in ``run_dir``."""
+    # Network file systems cache the contents of folders for a few seconds.
+    for _ in range(20):
+        if nonce in os.listdir(run_dir) if run_dir.exists() else False:
+            return
+        time.sleep(0.5)
+    raise UserError(f"output_dir: {run_dir} is not the same folder on every node; put it on a shared file system")
+
+
+def find_checkpoint(
+    config: RunConfig, share: tuple[int, int], agree: Callable[[list[str]], list[str]], say: Callable[[str], None]
+) -> Path | None:
+    """The newest intact checkpoint to go on from, the same on all ranks; None for a new run.
+
+    Args:
+        share: (rank, world size): every rank checks its share of the files.
+        agree: joins the ranks' lists of problems, so that all take the same decision.
+        say: prints a line on the main process.
+
+    Raises:
+        UserError: ``resume`` names no intact checkpoint, or none of the run's checkpoints is intact.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        folder = Path(config.resume)
+        problems = agree(checkpoint.verify(folder, share))
+        if problems:
+            raise UserError(f"resume: {folder} is no intact checkpoint: {problems[0]}")
+        check_same_run(config, checkpoint.read_meta(folder)["config"], [folder], str(folder))
+        return folder
+    run_dir = Path(config.output_dir)
+    candidates = checkpoint.complete(run_dir)
+    for folder in candidates:
+        problems = agree(checkpoint.verify(folder, share))
+        if not problems:
+            return folder
+        say(f"checkpoint {folder.name} is damaged and is left out: {problems[0]}")
+    if candidates:
+        raise UserError(f"resume: no checkpoint in {run_dir} is intact; restore one, or choose another output_dir")
+    return None
+
+
+def set_aside_newer(run_dir: Path, chosen: Path) -> None:
+    """Renames the damaged checkpoints newer than ``chosen``, so that they no longer count among the ones to keep."""
+    for folder in checkpoint.complete(run_dir):
+        if checkpoint.step_of(folder) > checkpoint.step_of(chosen):
+            folder.rename(folder.with_name(f"damaged_{folder.name}"))

@@ -1,0 +1,255 @@
+"""Which rank does what: ``plan`` is arithmetic on the config, ``build`` makes the process groups of one rank.
+
+Ranks of SAE groups come first, so that rank 0 always trains SAEs; dedicated LM ranks follow. Inside a group the ranks are
+a (dp, tp) grid in row-major order, inside an LM replica they are its tp ranks.
+"""
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from scale_sae.collectives import Shard
+from scale_sae.config import TopologyConfig
+from scale_sae.errors import UserError
+
+# Long, because a slow dataset or a first compilation is no fault; a lost rank is noticed by its closed connection.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SAE trained at one hookpoint. ``cost`` is its work per row (d_in · d_sae)."""
+
+    sae_id: str
+    hookpoint: str
+    cost: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that train one set of jobs together. ``ranks[p * tp + t]`` is dp rank p, tp rank t."""
+
+    index: int
+    ranks: tuple[int, ...]
+    dp: int
+    tp: int
+    jobs: tuple[int, ...]
+    hookpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run's topology, the same object on every rank.
+
+    ``lm[p]`` are the tp ranks of LM replica p; in a colocated run every SAE rank is a replica of its own.
+    """
+
+    world_size: int
+    colocated: bool
+    lm: tuple[tuple[int, ...], ...]
+    groups: tuple[Group, ...]
+    lanes: int
+
+    @property
+    def sae_ranks(self) -> tuple[int, ...]:
+        return tuple(rank for group in self.groups for rank in group.ranks)
+
+    def group_of(self, rank: int) -> Group | None:
+        return next((group for group in self.groups if rank in group.ranks), None)
+
+    def replica_of(self, rank: int) -> int | None:
+        return next((index for index, ranks in enumerate(self.lm) if rank in ranks), None)
+
+    def lane_block(self, group: Group, rank: int) -> range:
+        """The lanes that ``rank`` hosts: an equal, contiguous share, in rank order."""
+        share = self.lanes // len(group.ranks)
+        place = group.ranks.index(rank)
+        return range(place * share, (place + 1) * share)
+
+    def receivers(self, rank: int, group: Group) -> tuple[int, ...]:
+        """The SAE ranks of ``group`` that LM rank ``rank`` sends to: every lm.tp-th, so that its peers share the work."""
+        replica = self.replica_of(rank)
+        assert replica is not None
+        ranks = self.lm[replica]
+        return tuple(group.ranks[place] for place in range(len(group.ranks)) if ranks[place % len(ranks)] == rank)
+
+    def sender(self, replica: int, group: Group, rank: int) -> int:
+        """The LM rank of ``replica`` that sends to SAE rank ``rank``: the inverse of ``receivers``."""
+        ranks = self.lm[replica]
+        return ranks[group.ranks.index(rank) % len(ranks)]
+
+
+def split_jobs(jobs: Sequence[Job], groups: int) -> list[list[int]]:
+    """Job indices per group, with the costs as even as greedy assignment makes them.
+
+    Jobs of one hookpoint stay together, so that its activations travel to one group only, unless a group would stay
+    empty. The dearest bundle goes first, always to the cheapest group so far (the longest-processing-time rule).
+    """
+    if len(jobs) < groups:
+        raise UserError(
+            f"topology.sae.groups: {groups} groups for {len(jobs)} SAEs; set it to at most {len(jobs)} or train more SAEs"
+        )
+    bundles: dict[str, list[int]] = {}
+    for index, job in enumerate(jobs):
+        bundles.setdefault(job.hookpoint, []).append(index)
+    pieces = list(bundles.values())
+    while len(pieces) < groups:
+        largest = max(range(len(pieces)), key=lambda i: (len(pieces[i]), -i))
+        piece = pieces.pop(largest)
+        pieces += [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
+    pieces.sort(key=lambda piece: (-sum(jobs[i].cost for i in piece), piece))
+    result: list[list[int]] = [[] for _ in range(groups)]
+    for piece in pieces:
+        target = min(range(groups), key=lambda g: (sum(jobs[i].cost for i in result[g]), len(result[g]), g))
+        result[target] += piece
+    return [sorted(indices) for indices in result]
+
+
+def plan(topology: TopologyConfig, jobs: Sequence[Job], lanes: int) -> Plan:
+    """The plan of a run. Pure: no processes, no devices.
+
+    ``UserError`` if there are fewer jobs than groups. Divisibility of lanes is checked with the config.
+    """
+    sae, lm = topology.sae, topology.lm
+    per_group = sae.dp * sae.tp
+    groups = []
+    for index, members in enumerate(split_jobs(jobs, sae.groups)):
+        hookpoints = tuple(dict.fromkeys(jobs[i].hookpoint for i in members))
+        ranks = tuple(range(index * per_group, (index + 1) * per_group))
+        groups.append(Group(index, ranks, sae.dp, sae.tp, tuple(members), hookpoints))
+    n_sae = sae.groups * per_group
+    if lm.colocated:
+        replicas = tuple((rank,) for rank in range(n_sae))
+    else:
+        replicas = tuple(tuple(range(n_sae + p * lm.tp, n_sae + (p + 1) * lm.tp)) for p in range(lm.dp))
+    return Plan(topology.world_size, lm.colocated, replicas, tuple(groups), lanes)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place in the plan and its process groups. Groups that a rank is no member of are absent or None.
+
+    ``control`` and ``sae_control`` carry small CPU messages (gloo). ``data`` and ``header`` are keyed by
+    (LM replica, SAE group) in a dedicated run; in a colocated run the one key is (0, 0) and spans the world.
+    """
+
+    plan: Plan
+    rank: int
+    device: torch.device
+    store: dist.Store
+    control: dist.ProcessGroup
+    sae_control: dist.ProcessGroup | None
+    group: Group | None
+    shard: Shard
+    lm_mesh: DeviceMesh | None
+    lm_control: dist.ProcessGroup | None
+    data: Mapping[tuple[int, int], dist.ProcessGroup]
+    header: Mapping[tuple[int, int], dist.ProcessGroup]
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; a process without a launcher is a world of one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    return rank, world_size, local_rank
+
+
+def check_world_size(topology: TopologyConfig, world_size: int, config_path: str) -> None:
+    """``UserError`` with both numbers and a command that starts the right one, unless they agree."""
+    needed = topology.world_size
+    if needed != world_size:
+        raise UserError(
+            f"topology: needs {needed} ranks but {world_size} were started; start it with: accelerate launch "
+            f"{'--multi_gpu ' if needed > 1 else ''}--num_processes {needed} -m scale_sae.train --config {config_path}"
+        )
+
+
+def pick_device(local_rank: int) -> tuple[torch.device, str]:
+    """This rank's device and the backend for device collectives.
+
+    NCCL needs a GPU per rank: where ranks share one, gloo carries the traffic. ``ACCELERATE_USE_CPU`` (set by
+    ``accelerate launch --cpu`` and by ``use_cpu: true``) keeps a run off the GPUs.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    if on_cpu or not torch.cuda.is_available():
+        return torch.device("cpu"), "gloo"
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device, "nccl" if local_world <= torch.cuda.device_count() else "gloo"
+
+
+def connect(rank: int, world_size: int, backend: str) -> dist.Store:
+    """Makes the default process group and returns its store.
+
+    The keys hold the launcher's restart count: a restarted rank would otherwise read the addresses of the dead ones.
+    """
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        base: dist.Store = dist.HashStore()
+    else:
+        base, _, _ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
+    store = dist.PrefixStore(f"scale_sae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    default = "gloo" if backend == "gloo" else f"cpu:gloo,cuda:{backend}"
+    dist.init_process_group(default, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore("run", store)
+
+
+def build(plan: Plan, rank: int, device: torch.device, backend: str, store: dist.Store) -> Topology:
+    """Makes every process group of the run, in one order on all ranks, and returns this rank's view.
+
+    Needs the default group of ``connect``. Each group is used once here, so that no communicator is set up lazily
+    later, in an order that could differ between ranks.
+    """
+    made: list[tuple[tuple[int, ...], dist.ProcessGroup]] = []
+
+    def group(ranks: Sequence[int], kind: str) -> dist.ProcessGroup | None:
+        handle = dist.new_group(list(ranks), backend=kind, timeout=COLLECTIVE_TIMEOUT)
+        if rank not in ranks:
+            return None
+        made.append((tuple(ranks), handle))
+        return handle
+
+    control = group(range(plan.world_size), "gloo")
+    assert control is not None
+    sae_control = group(plan.sae_ranks, "gloo")
+    shard = Shard()
+    for sae_group in plan.groups:
+        for p in range(sae_group.dp):
+            ranks = sae_group.ranks[p * sae_group.tp : (p + 1) * sae_group.tp]
+            handle = group(ranks, backend)
+            if handle is not None:
+                shard = Shard(ranks.index(rank), len(ranks), handle)
+    lm_mesh, lm_control = None, None
+    if not plan.colocated:
+        for ranks in plan.lm:
+            handle, twin = group(ranks, backend), group(ranks, "gloo")
+            if handle is not None:
+                lm_mesh, lm_control = DeviceMesh.from_group(handle, device.type), twin
+    data, header = {}, {}
+    for key, ranks in _wires(plan).items():
+        wire, twin = group(ranks, backend), group(ranks, "gloo")
+        if wire is not None and twin is not None:
+            data[key], header[key] = wire, twin
+    for _, handle in made:
+        dist.all_reduce(torch.zeros(1, device=device if handle.name() == "nccl" else "cpu"), group=handle)
+    return Topology(
+        plan, rank, device, store, control, sae_control, plan.group_of(rank), shard, lm_mesh, lm_control, data, header
+    )
+
+
+def _wires(plan: Plan) -> dict[tuple[int, int], tuple[int, ...]]:
+    """The ranks of every transport group."""
+    if plan.colocated:
+        return {(0, 0): plan.sae_ranks}
+    return {
+        (replica, group.index): tuple(sorted((*group.ranks, *ranks)))
+        for replica, ranks in enumerate(plan.lm)
+        for group in plan.groups
+    }

@@ -1,0 +1,271 @@
+"""Trains SAEs: ``accelerate launch … -m scale_sae.train --config C.yaml [--dotted.key=value …]``.
+
+Every rank runs this module; the config's topology says which of them run the language model and which train SAEs.
+The same command goes on from the newest checkpoint. ``scale_sae/config.py`` explains every key.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import fire
+import torch
+import torch.distributed as dist
+
+from scale_sae import checkpoint, rundir, topology
+from scale_sae.activations.schedule import Schedule, schedule
+from scale_sae.activations.source import ActivationSource, kept_positions
+from scale_sae.activations.tokens import open_chunks
+from scale_sae.activations.transport import ColocatedExchange, Receiver, Sender, Start, produce
+from scale_sae.config import RunConfig, load, to_dict
+from scale_sae.errors import UserError
+from scale_sae.jobs import JobSpec, resolve
+from scale_sae.metrics import MetricsWriter
+from scale_sae.topology import Topology
+from scale_sae.trainer import Stream, Trainer
+
+T = TypeVar("T")
+
+
+class Stop:
+    """Whether this process was asked to stop, by SIGTERM or by the file ``RUN_DIR/stop``."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        signal.signal(signal.SIGTERM, self._heed)
+
+    def _heed(self, number: int, frame: object) -> None:
+        self.signalled = True
+
+
+def agree(attempt: Callable[[], T]) -> T:
+    """Runs ``attempt`` on every rank; if it is a ``UserError`` on any of them, all raise the first one's."""
+    result, message = None, None
+    try:
+        result = attempt()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for said in messages:
+        if said is not None:
+            raise UserError(said)
+    return result  # type: ignore[return-value]
+
+
+class Run:
+    """One rank's life from the process groups on."""
+
+    def __init__(self, config: RunConfig, place: Topology, specs: list[JobSpec], widths: dict[str, int], stop: Stop):
+        self.config = config
+        self.place = place
+        self.specs = specs
+        self.widths = widths
+        self.stop = stop
+        self.run_dir = Path(config.output_dir)
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self.schedule: Schedule = schedule(config, kept_positions(config.model, config.data))
+        self.held: IO[str] | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.rank == 0
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def stop_asked(self) -> bool:
+        """Polled by SAE ranks each step; the main process also speaks for the stop file and for LM ranks."""
+        if not self.is_main:
+            return self.stop.signalled
+        return self.stop.signalled or (self.run_dir / rundir.STOP).exists() or self.place.store.check(["stop_asked"])
+
+    def lm_should_stop(self) -> bool:
+        """Polled by LM ranks before each chunk; passes a signal on, and ends once the SAE ranks have agreed to."""
+        if self.stop.signalled:
+            self.place.store.set("stop_asked", "1")
+        return self.place.store.check(["stopping"])
+
+    def open_run_dir(self) -> Path | None:
+        """Locks and checks ``output_dir``; returns the checkpoint to go on from."""
+
+        def take() -> None:
+            if self.is_main:
+                self.held = rundir.lock(self.run_dir)
+                rundir.prepare(self.config)
+
+        agree(take)
+        nonce = [f".shared_{uuid.uuid4().hex}"]
+        if self.is_main:
+            (self.run_dir / nonce[0]).touch()
+        dist.broadcast_object_list(nonce, 0)
+        agree(lambda: rundir.check_shared(self.run_dir, nonce[0]))
+
+        def join(problems: list[str]) -> list[str]:
+            lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(lists, problems)
+            return [line for part in lists for line in part]
+
+        found = rundir.find_checkpoint(self.config, (self.place.rank, dist.get_world_size()), join, self.say)
+        dist.barrier()
+        if self.is_main:
+            (self.run_dir / nonce[0]).unlink()
+            if found is not None and found.parent == self.run_dir / "checkpoints":
+                rundir.set_aside_newer(self.run_dir, found)
+        if found is not None:
+            self.say(f"going on from {found}")
+        return found
+
+    def train(self) -> None:
+        """The whole run. ``UserError`` on every rank if the text ended early."""
+        found = self.open_run_dir()
+        meta = checkpoint.read_meta(found) if found is not None else None
+        stream = meta["stream"] if meta else {"chunks_inserted": 0, "rows_inserted": 0, "cursor": None}
+        start = Start(stream["chunks_inserted"], stream["rows_inserted"])
+        runs_lm = self.place.plan.replica_of(self.place.rank) is not None
+
+        def prepare() -> tuple[Any, ActivationSource | None, Trainer | None]:
+            chunks = source = trainer = None
+            if runs_lm:
+                chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
+                source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh)
+            if self.place.group is not None:
+                trainer = Trainer(self.config, self.specs, self.widths, self.schedule, self.place, self.dtype)
+                if found is not None:
+                    trainer.load(found)
+            return chunks, source, trainer
+
+        chunks, source, trainer = agree(prepare)
+        forwarded: Sender | ColocatedExchange | None
+        if trainer is None:
+            forwarded = Sender(self.place, self.widths, self.schedule, self.dtype)
+            produce(self.place, source, forwarded, self.schedule, start, chunks, self.lm_should_stop)
+        elif source is None:
+            self._train_saes(trainer, Receiver(self.place, self.widths, self.schedule, self.dtype, start))
+            forwarded = None
+        else:
+            forwarded = ColocatedExchange(
+                self.place, self.widths, self.schedule, self.dtype, start, chunks, source
+            )
+            self._train_saes(trainer, forwarded)
+        self._summarise(trainer, source, forwarded)
+        agree(lambda: self._check_text(trainer))
+
+    def _train_saes(self, trainer: Trainer, stream: Stream) -> None:
+        writer = None
+        if self.is_main:
+            settings = self.config.logging
+            writer = MetricsWriter(
+                self.run_dir, settings, self.schedule.steps, self.schedule.batch, trainer.step, to_dict(self.config)
+            )
+        stopped = trainer.fit(stream, self.stop_asked, writer)
+        if writer is not None:
+            writer.close()
+        if stopped:
+            if self.is_main:
+                self.place.store.set("stopping", "1")
+            self.say(f"stopped at step {trainer.step} as asked; the same command goes on from there")
+        stream.close()
+
+    def _summarise(
+        self, trainer: Trainer | None, source: ActivationSource | None, forwarded: Sender | ColocatedExchange | None
+    ) -> None:
+        """Writes ``summary.json``: how many tokens the LM ran since launch, and what became of them."""
+        mine = {"lm_forward_tokens": 0, "lm_rows_kept": 0}
+        # The ranks of one LM replica run the same tokens, so only the first counts them.
+        if source is not None and forwarded is not None and self.place.rank in [r[0] for r in self.place.plan.lm]:
+            mine = {"lm_forward_tokens": source.forward_tokens, "lm_rows_kept": forwarded.rows_sent}
+        counts: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(counts, mine)
+        if not self.is_main or trainer is None:
+            return
+        trained = trainer.step * self.schedule.batch
+        summary = {
+            "step": trainer.step,
+            "steps": self.schedule.steps,
+            "launched_at_step": trainer.launched_at_step,
+            "rows_trained": trained,
+            "rows_in_buffer": trainer.buffer.inserted - trained,
+            **{name: sum(count[name] for count in counts) for name in mine},
+        }
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    def _check_text(self, trainer: Trainer | None) -> None:
+        if trainer is not None and trainer.text_ended:
+            raise UserError(
+                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows but train.training_tokens "
+                f"needs {self.schedule.rows_needed}; all {trainer.step} whole batches were trained and saved. Lower "
+                "train.training_tokens or give more text"
+            )
+
+
+def report_fault(store: dist.Store, rank: int, message: str) -> None:
+    """Prints why the run ends, unless another rank was first: its end is then the cause of this one's."""
+    if store.compare_set("fault", "", str(rank)).decode() == str(rank):
+        print(message, file=sys.stderr, flush=True)
+
+
+def read_config(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> RunConfig:
+    """The run's config from the command line's arguments; ``UserError`` for what is none."""
+    if extra:
+        raise UserError(f"{extra[0]!r} is no option; options look like --train.lr=1e-4")
+    if not isinstance(path, str):
+        raise UserError("--config: name the YAML file of the run, for example --config configs/quickstart.yaml")
+    return load(path, overrides)
+
+
+def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> int:
+    """Trains; returns this rank's exit code. What a user can put right is one line of one rank."""
+    rank, world_size, local_rank = topology.world_from_environment()
+    # Cluster schedulers send SIGTERM to every process; the handler is there before anything slow begins.
+    stop = Stop()
+    try:
+        config = read_config(path, extra, overrides)
+        topology.check_world_size(config.topology, world_size, str(path))
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    device, backend = topology.pick_device(local_rank)
+    store = topology.connect(rank, world_size, backend)
+    try:
+        widths, specs = agree(lambda: resolve(config))
+        planned = agree(
+            lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes)
+        )
+        place = topology.build(planned, rank, device, backend, store)
+        Run(config, place, specs, widths, stop).train()
+    except UserError as error:
+        report_fault(store, rank, f"error: {error}")
+        return 1
+    except Exception:
+        report_fault(store, rank, f"error on rank {rank}:\n{traceback.format_exc()}")
+        return 1
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def main(config: str | None = None, *extra: object, **overrides: Any) -> None:
+    """Trains the SAEs of a config file; the same command goes on from the newest checkpoint.
+
+    Args:
+        config: the YAML file of the run.
+        overrides: any key of the config, dotted: --saes.0.k=64 --topology.sae.tp=4 --hookpoints='[model.layers.2]'
+    """
+    code = run(config, extra, overrides)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: after a fault, other ranks' connections hang on this process, and its own threads wait for them.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

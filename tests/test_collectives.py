@@ -1,0 +1,249 @@
+"""Sharded sums, their gradients and exact TopK, against plain references on one process."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import Tensor
+
+from scale_sae import collectives
+from scale_sae.collectives import NonFiniteError, Shard, select_topk
+from scale_sae.errors import UserError
+
+B, N = 48, 256
+SIZES = (1, 2, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def shard_of(rank: int, world: int) -> Shard:
+    return Shard(rank, world, dist.group.WORLD)
+
+
+def gaussian() -> Tensor:
+    return torch.randn(B, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def with_zeros_of_both_signs() -> Tensor:
+    """Few positives, so that the zeros lie where a row's k-th value would be."""
+    zeros = torch.where(gaussian() > 0, 0.0, -0.0).double()
+    return torch.where(gaussian().abs() > 2.2, gaussian(), zeros)
+
+
+def one_hot_shard() -> Tensor:
+    x = -gaussian().abs()
+    x[:, N // 2 : N // 2 + N // 8] *= -1
+    return x
+
+
+def ties_across_shards() -> Tensor:
+    """The threshold of a row of k = 20 is 1, which three of eight shards share; 2 and 3 lie elsewhere."""
+    x = -torch.ones(B, N, dtype=torch.float64)
+    x[:, 30:40], x[:, 60:70], x[:, 200:230] = 1, 1, 1
+    x[:, 250], x[:, 10] = 2, 3
+    return x
+
+
+def cut_in_some_rows() -> Tensor:
+    return torch.where(torch.arange(B)[:, None] % 3 == 0, (2 * gaussian()).round(), gaussian())
+
+
+CASES: dict[str, Callable[[], Tensor]] = {
+    "gaussian": gaussian,
+    "few positives": lambda: gaussian() - 2.5,
+    "none positive": lambda: -gaussian().abs() - 1,
+    "heavy ties": lambda: (2 * gaussian()).round(),
+    "cut ties in some rows": cut_in_some_rows,
+    "ties across shards": ties_across_shards,
+    "all equal": lambda: torch.ones(B, N, dtype=torch.float64),
+    "zeros of both signs": with_zeros_of_both_signs,
+    "one hot shard": one_hot_shard,
+    "tiny": lambda: 1e-30 * gaussian(),
+    "huge": lambda: gaussian().clamp(-1, 1).sign() * torch.finfo(torch.bfloat16).max,
+    "huge and different": lambda: 1e38 * gaussian().clamp(-3, 3),
+}
+
+
+def reference(scores: Tensor, k: int, signed: bool) -> Tensor:
+    """bool ``[B, n]``: the first k of each row by (value descending, latent ascending), by a stable sort in float64."""
+    values = scores.double().numpy()
+    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, order, True, axis=1)
+    return torch.from_numpy(chosen if signed else chosen & (values > 0))
+
+
+def assert_selected(
+    results: list[dict[object, tuple[Tensor, Tensor]]], key: object, expected: Tensor, bounds: list[int]
+) -> None:
+    """Every rank returned exactly its part of ``expected``, row by row, latents ascending and in local numbers."""
+    for rank, result in enumerate(results):
+        rows, latents = expected[:, bounds[rank] : bounds[rank + 1]].nonzero().unbind(1)
+        assert torch.equal(result[key][0], rows) and torch.equal(result[key][1], latents), (key, rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_select_topk_equals_a_stable_sort(size: int, dtype: torch.dtype) -> None:
+    # k = 48 exceeds the latents of a shard at size 8, k = 256 is all of them.
+    inputs = {
+        (name, k, signed): make() for name, make in CASES.items() for k in (1, 20, 48, N) for signed in (False, True)
+    }
+    assert not torch.equal(inputs["tiny", 1, True].to(dtype), torch.zeros(B, N, dtype=dtype))
+
+    def worker(rank: int, world: int) -> dict[object, tuple[Tensor, Tensor]]:
+        shard = shard_of(rank, world)
+        own = shard.rows(N)
+        return {key: select_topk(x[:, own].to(dtype), key[1], shard, signed=key[2]) for key, x in inputs.items()}
+
+    results = run_ranks(size, worker)
+    bounds = [N * rank // size for rank in range(size + 1)]
+    for key, x in inputs.items():
+        assert_selected(results, key, reference(x.to(dtype), key[1], key[2]), bounds)
+
+
+@pytest.mark.parametrize("bounds", [[0, 0, 5, N, N], [0, 100, 101, 101, N], [0, N, N]], ids=str)
+def test_signed_selection_on_uneven_and_empty_shards(bounds: list[int]) -> None:
+    """As for AuxK, whose dead latents may all live on one shard."""
+    size = len(bounds) - 1
+    inputs = {(name, k): CASES[name]() for name in CASES for k in (1, 20, N)}
+
+    def worker(rank: int, world: int) -> dict[object, tuple[Tensor, Tensor]]:
+        shard, own = shard_of(rank, world), slice(bounds[rank], bounds[rank + 1])
+        return {key: select_topk(x[:, own], key[1], shard, signed=True) for key, x in inputs.items()}
+
+    results = run_ranks(size, worker)
+    for key, x in inputs.items():
+        assert_selected(results, key, reference(x, key[1], signed=True), bounds)
+
+
+def test_no_rows_and_no_latents() -> None:
+    for shape in ((0, N), (3, 0)):
+        rows, latents = select_topk(torch.zeros(shape), 4, Shard(), signed=True)
+        assert rows.shape == latents.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rank_reports_a_non_finite_score(size: int, bad: float) -> None:
+    def worker(rank: int, world: int) -> tuple[list[bool], float]:
+        shard = shard_of(rank, world)
+        raised = []
+        for dtype in DTYPES:
+            for signed in (False, True):
+                scores = gaussian().to(dtype)
+                scores[B - 1, N - 3] = bad  # on the last shard alone
+                own = scores[:, shard.rows(N)]
+                try:
+                    select_topk(own, 4, shard, signed=signed)
+                    raised.append(False)
+                except NonFiniteError:
+                    raised.append(True)
+        return raised, shard.all_reduce(torch.ones(())).item()  # the ranks still agree on what comes next
+
+    assert run_ranks(size, worker) == [([True] * 6, size)] * size
+
+
+def test_only_rows_whose_ties_are_cut_are_selected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense second pass must stay off the usual path, though 16-bit scores often tie at the threshold."""
+    seen: list[int] = []
+    reselect = collectives._reselect
+
+    def spy(scores: Tensor, rows: Tensor, threshold: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        seen.extend(rows.tolist())
+        return reselect(scores, rows, threshold, count)
+
+    monkeypatch.setattr(collectives, "_reselect", spy)
+    wide = torch.randn(64, 8192, generator=torch.Generator().manual_seed(2))
+    for dtype in (torch.float64, torch.bfloat16):
+        select_topk(wide.to(dtype), 32, Shard())
+    assert seen == []
+    top = wide.bfloat16().topk(33).values
+    assert (top[:, 31] == top[:, 32]).float().mean() > 0.3  # so the spare candidates were needed
+    select_topk(cut_in_some_rows(), 20, Shard())
+    assert seen == list(range(0, B, 3))
+
+
+def test_the_second_pass_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = (2 * gaussian()).round()
+    monkeypatch.setattr(collectives, "_RESELECT_ELEMENTS", 5 * N)  # 48 rows: nine blocks and a rest
+    assert_selected([{"blocks": select_topk(scores, 20, Shard())}], "blocks", reference(scores, 20, False), [0, N])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_through_sum_and_copy_equal_the_unsharded_ones(size: int) -> None:
+    d_in, d_sae = 7, 24
+    draw = torch.Generator().manual_seed(3)
+    x, W_enc, W_dec, b_dec, target = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64)
+        for shape in ((5, d_in), (d_sae, d_in), (d_sae, d_in), (d_in,), (5, d_in))
+    )
+
+    def worker(rank: int, world: int) -> list[Tensor]:
+        shard = shard_of(rank, world)
+        own = shard.rows(d_sae)
+        enc, dec, bias = (t.clone().requires_grad_() for t in (W_enc[own], W_dec[own], b_dec))
+        acts = torch.tanh((x - shard.copy(bias)) @ enc.T)
+        loss = (shard.sum(acts @ dec) + bias - target).pow(2).mean()
+        loss.backward()
+        assert enc.grad is not None and dec.grad is not None and bias.grad is not None
+        return [loss, enc.grad, dec.grad, bias.grad]
+
+    full = [t.clone().requires_grad_() for t in (W_enc, W_dec, b_dec)]
+    expected_loss = (torch.tanh((x - full[2]) @ full[0].T) @ full[1] + full[2] - target).pow(2).mean()
+    expected = torch.autograd.grad(expected_loss, full)
+    losses, enc, dec, bias = zip(*run_ranks(size, worker), strict=True)
+    # Sums of 24 terms of order 1 in another order differ by about 1e-15; a missing reduction by a factor.
+    for got, want in ((torch.cat(enc), expected[0]), (torch.cat(dec), expected[1]), (bias[0], expected[2])):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(losses[0].detach(), expected_loss.detach(), rtol=1e-12, atol=0.0)
+    assert all(torch.equal(other, bias[0]) for other in bias), "replicated parameters would drift apart"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_reduce_and_all_gather_make_new_tensors_of_every_dtype(size: int) -> None:
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+
+    def worker(rank: int, world: int) -> None:
+        shard = shard_of(rank, world)
+        for dtype in dtypes:
+            x = torch.full((3, 2), rank + 1).to(dtype).T  # not contiguous
+            wanted: dict[Literal["sum", "max", "min"], int] = {"sum": world * (world + 1) // 2, "max": world, "min": 1}
+            for op, want in wanted.items():
+                assert torch.equal(shard.all_reduce(x, op), torch.full((2, 3), want, dtype=dtype)), (dtype, op)
+            gathered = shard.all_gather(x)
+            expected = torch.arange(1, world + 1).to(dtype)[:, None, None].expand(world, 2, 3)
+            assert gathered.dtype == dtype and torch.equal(gathered, expected)
+            shard.all_reduce(x).zero_()
+            gathered.zero_()
+            assert torch.equal(x, torch.full((2, 3), rank + 1).to(dtype)), "the result shares memory with the input"
+        assert shard.all_gather(torch.ones(0, 4)).shape == (world, 0, 4)
+        assert shard.all_gather(torch.tensor(2.0)).shape == (world,)
+        fired = torch.arange(world) == rank
+        assert shard.all_reduce(fired, "max").all() and shard.all_reduce(fired, "max").dtype == torch.bool
+
+    run_ranks(size, worker)
+
+
+def test_all_reduce_gives_every_rank_the_same_bits() -> None:
+    def worker(rank: int, world: int) -> list[Tensor]:
+        x = torch.randn(10007, generator=torch.Generator().manual_seed(rank))
+        return [shard_of(rank, world).all_reduce(x.to(dtype)) for dtype in DTYPES]
+
+    results = run_ranks(8, worker)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_rows_and_prefix() -> None:
+    shards = [Shard(rank, 4) for rank in range(4)]
+    assert [shard.rows(8) for shard in shards] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    for width in range(9):
+        local = [list(range(2))[shard.prefix(width, 8)] for shard in shards]
+        assert [2 * rank + i for rank, part in enumerate(local) for i in part] == list(range(width))
+    with pytest.raises(UserError, match=r"d_sae.* 10 .*4"):
+        shards[1].rows(10)

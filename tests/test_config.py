@@ -1,0 +1,344 @@
+"""The strict loader: what a user may write, what is refused, and the one line that says so."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from scale_sae import config
+from scale_sae.config import RunConfig
+from scale_sae.errors import UserError
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+MINIMAL: dict[str, Any] = {"hookpoints": ["model.layers.1"], "saes": [{"d_sae": 2048, "k": 32}]}
+ON_4_SHARDS = {"sae": {"tp": 4}}
+
+
+def from_text(folder: Path, text: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return config.load(path, overrides or {})
+
+
+def with_changes(folder: Path, overrides: dict[str, Any]) -> RunConfig:
+    return from_text(folder, yaml.safe_dump(MINIMAL), overrides)
+
+
+def error_of(folder: Path, text: str, overrides: dict[str, Any] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        from_text(folder, text, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_quickstart_is_the_contract() -> None:
+    run = config.load(QUICKSTART, {})
+    assert run.hookpoints == ("model.layers.1", "model.layers.3")
+    (entry,) = run.saes
+    assert (entry.name, entry.architecture, entry.d_sae, entry.options["k"]) == ("k32", "topk", 2048, 32)
+    assert run.topology == config.TopologyConfig(config.LMTopology(tp=2, dp=1), config.SAETopology(1, 1, 2), "local")
+    assert run.topology.world_size == 4
+    # The example spells defaults out; every other key must be as if it were left out.
+    defaults = RunConfig(run.hookpoints, run.saes, topology=run.topology)
+    assert config.differences(config.to_dict(run), config.to_dict(defaults)) == []
+
+
+def test_minimal_config_gets_every_default(tmp_path: Path) -> None:
+    run = with_changes(tmp_path, {})
+    assert run == RunConfig(("model.layers.1",), (config.SAEEntry(options={"d_sae": 2048, "k": 32}),))
+    assert (run.seed, run.resume, run.train.lr, run.data.seqpos_slice) == (0, "auto", 4e-4, (None,))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.lr", "2e-3", 2e-3),  # YAML 1.1 takes it for text
+        ("train.lr", 1, 1.0),
+        ("train.lr_end", "null", None),
+        ("train.training_tokens", "4_000_000", 4_000_000),
+        ("data.prepend_bos", "false", False),
+        ("data.sequence_separator_token", "null", None),
+        ("data.sequence_separator_token", "eos", "eos"),
+        ("data.exclude_special_tokens", "[0, 2]", (0, 2)),
+        ("data.exclude_special_tokens", "false", False),
+        ("data.seqpos_slice", "[1, null]", (1, None)),
+        ("data.seqpos_slice", [-8, None, 2], (-8, None, 2)),
+        ("data.dataset_name", "en", "en"),
+        ("model.dtype", "bfloat16", "bfloat16"),
+        ("logging.wandb", "true", True),
+        ("logging.log_to_wandb", True, True),
+    ],
+)
+def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected: Any) -> None:
+    section, _, name = key.replace("logging.wandb", "logging.log_to_wandb").partition(".")
+    found = getattr(getattr(with_changes(tmp_path, {key: value}), section), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        # Wrong keys: the dotted key, the value, and the known keys that are like it.
+        ("train.lrr", "0.1", ["train.lrr", "0.1", "did you mean lr"]),
+        ("trian", "{lr: 0.1}", ["trian", "did you mean train"]),
+        ("lr", "0.1", ["lr: unknown key", "0.1", "did you mean train.lr?"]),
+        ("topology.sae.shards", "2", ["topology.sae.shards", "groups, dp, tp"]),
+        ("topology.lm.colocated", "true", ["topology.lm.colocated", "topology.lm: colocated"]),
+        # Wrong types.
+        ("seed", "true", ["seed: True", "integer"]),
+        ("seed", "1.0", ["seed: 1.0", "integer"]),
+        ("train.training_tokens", "2e6", ["train.training_tokens: '2e6'", "integer"]),
+        ("train.lr", "true", ["train.lr: True", "number"]),
+        ("train.lr", "fast", ["train.lr: 'fast'", "number"]),
+        ("train.lr", ".inf", ["train.lr: inf", "number"]),
+        ("train.lr", "null", ["train.lr: None", "number"]),
+        ("data.streaming", "1", ["data.streaming: 1", "true or false"]),
+        ("model.revision", "1234", ["model.revision: 1234", "text", "quotes"]),
+        ("hookpoints", "model.layers.1", ["hookpoints: 'model.layers.1'", "list"]),
+        ("hookpoints.0", "1", ["hookpoints.0: 1", "text"]),
+        ("data.seqpos_slice", "[0, a]", ["data.seqpos_slice.1: 'a'", "integer"]),
+        ("train", "fast", ["train: 'fast'", "mapping", "training_tokens"]),
+        ("saes.0", "32", ["saes.0: 32", "mapping"]),
+        ("topology.lm", "colocate", ["topology.lm: 'colocate'", "nor colocated"]),
+        # Not one of the names.
+        ("model.dtype", "bf16", ["model.dtype: 'bf16'", "bfloat16", "float64"]),
+        ("model.dtype", "float23", ["did you mean float32"]),
+        ("train.lr_scheduler_name", "linear", ["train.lr_scheduler_name: 'linear'", "cosineannealing"]),
+        ("data.sequence_separator_token", "pad", ["data.sequence_separator_token: 'pad'", "bos, eos", "null"]),
+        # Out of range.
+        ("data.context_size", "1", ["data.context_size: 1", "BOS"]),
+        ("data.chunk_contexts", "0", ["data.chunk_contexts: 0", "above 0"]),
+        ("data.eval_fraction", "1", ["data.eval_fraction: 1.0", "below 1"]),
+        ("data.exclude_special_tokens", "[-1]", ["data.exclude_special_tokens.0: -1"]),
+        ("data.seqpos_slice", "[]", ["data.seqpos_slice: []", "slice"]),
+        ("data.seqpos_slice", "[0, 4, 0]", ["data.seqpos_slice: [0, 4, 0]", "step"]),
+        ("data.seqpos_slice", "[128, null]", ["data.seqpos_slice: [128, None]", "128 tokens"]),
+        ("train.lr", "0", ["train.lr: 0.0", "above 0"]),
+        ("train.lr_end", "-0.1", ["train.lr_end: -0.1", "null"]),
+        ("train.adam_beta2", "1", ["train.adam_beta2: 1.0", "below 1"]),
+        ("train.lr_warm_up_steps", "-1", ["train.lr_warm_up_steps: -1"]),
+        ("train.lr_decay_steps", "977", ["train.lr_decay_steps: 977", "976 steps"]),
+        ("train.training_tokens", "2047", ["train.training_tokens: 2047", "2048"]),
+        ("train.train_batch_size_tokens", "2000", ["train.train_batch_size_tokens: 2000", "buffer.lanes (64)"]),
+        ("buffer.tokens", "65537", ["buffer.tokens: 65537", "buffer.lanes (64)"]),
+        ("buffer.tokens", "1984", ["buffer.tokens: 1984", "train.train_batch_size_tokens (2048)"]),
+        ("buffer.lanes", "1", ["buffer.lanes: 1", "topology.sae.tp (4)"]),
+        ("topology.sae.tp", "0", ["topology.sae.tp: 0", "above 0"]),
+        ("checkpoint.keep", "0", ["checkpoint.keep: 0", "above 0"]),
+        ("logging.log_every_steps", "0", ["logging.log_every_steps: 0", "above 0"]),
+        # Planned, and not there yet.
+        ("topology.sae.dp", "2", ["topology.sae.dp: 2", "not built yet"]),
+        ("topology.engine", "fsdp2", ["topology.engine: 'fsdp2'", "not built yet", "local"]),
+        ("checkpoint.buffer", "refill", ["checkpoint.buffer: 'refill'", "not built yet", "save"]),
+        # SAEs.
+        ("saes", "[]", ["saes: []"]),
+        ("saes.0", "{k: 32}", ["saes.0.d_sae", "missing"]),
+        ("saes.0.d_sae", "2048.0", ["saes.0.d_sae: 2048.0", "integer"]),
+        ("saes.0.d_sae", "0", ["saes.0.d_sae: 0", "above 0"]),
+        ("saes.0.d_sae", "2046", ["saes.0.d_sae: 2046", "topology.sae.tp (4)"]),
+        ("saes.0.k", "0", ["saes.0.k: 0", "at most d_sae"]),
+        ("saes.0.k", "2049", ["saes.0.k: 2049", "at most d_sae"]),
+        ("saes.0.k", "many", ["saes.0.k: 'many'", "integer"]),
+        ("saes.0.lr", "-1", ["saes.0.lr: -1.0", "above 0"]),
+        ("saes.0.lr_scheduler_name", "linear", ["saes.0.lr_scheduler_name: 'linear'"]),
+        ("saes.0.training_tokens", "4096", ["saes.0.training_tokens: 4096", "train.training_tokens"]),
+        ("saes.0.train", "{lr: 0.1}", ["saes.0.train", "beside d_sae"]),
+        ("saes.0.name", "a/b", ["saes.0.name: 'a/b'"]),
+        ("saes.0.name", "..", ["saes.0.name: '..'"]),
+        ("saes.0.name", "a..b", ["saes.0.name: 'a..b'", "without .."]),
+        ("saes.0.name", "''", ["saes.0.name: ''"]),
+        ("hookpoints", "[]", ["hookpoints: []", "saes.0"]),
+        ("hookpoints.0", "../model", ["hookpoints.0: '../model'"]),
+        ("hookpoints.0", "model.layers.1:out", ["hookpoints.0: 'model.layers.1:out'", ":in"]),
+        ("hookpoints", "[model.norm, model.norm]", ["hookpoints.1: 'model.norm'", "twice"]),
+        ("saes.0.hookpoints", "[a, /b]", ["saes.0.hookpoints.1: '/b'"]),
+        ("saes.0.hookpoints", "[]", ["saes.0.hookpoints: []"]),
+        # Overrides that reach nothing.
+        ("saes.1.k", "32", ["saes.1.k", "32", "saes has 1 entries"]),
+        ("saes.first.k", "32", ["saes.first.k", "saes is a list"]),
+        ("output_dir.name", "a", ["output_dir.name", "has no keys"]),
+        ("train.lr", "[", ["train.lr", "YAML"]),
+        ("model.revision", "2024-13-45", ["model.revision", "YAML"]),
+    ],
+)
+def test_wrong_values_name_key_value_and_remedy(tmp_path: Path, key: str, value: str, parts: list[str]) -> None:
+    tree = {**MINIMAL, "topology": ON_4_SHARDS, "output_dir": "runs/a"}
+    message = error_of(tmp_path, yaml.safe_dump(tree), {key: value})
+    for part in parts:
+        assert part in message
+
+
+def test_restart_cycles_must_fit_between_warm_up_and_decay(tmp_path: Path) -> None:
+    run = {"train.lr_scheduler_name": "cosineannealingwarmrestarts", "train.lr_decay_steps": 970}
+    assert with_changes(tmp_path, {**run, "train.n_restart_cycles": 6}).train.n_restart_cycles == 6
+    message = error_of(tmp_path, yaml.safe_dump(MINIMAL), {**run, "train.n_restart_cycles": 7})
+    assert "train.n_restart_cycles: 7 is more than the 6 steps" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("saes: [{d_sae: 8}]", "hookpoints: missing"),
+        ("hookpoints: [a]", "saes: missing"),
+        ("- a\n- b\n", "mapping"),
+        ("", "mapping"),
+        ("seed: 1\nseed: 2\n", "line 2, column 1: cannot be read as YAML: the key seed is given twice"),
+        ("seed: [1,\nhookpoints: {", "line"),
+        ("hookpoints: [a]\nsaes: [{d_sae: 8}]\nlogging: {wandb: true, log_to_wandb: false}", "logging.wandb: True"),
+        ("hookpoints: [a]\nsaes: [{d_sae: 8}]\n1: 2\n", "1: unknown key"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, part: str) -> None:
+    assert part in error_of(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "image.yaml"):
+        with pytest.raises(UserError, match=f"^config file {re.escape(str(path))}: cannot be read: .+"):
+            config.load(path, {})
+
+
+def leaves(value: Any, key: str = "") -> list[str]:
+    if isinstance(value, dict) and value:
+        return [leaf for name, item in value.items() for leaf in leaves(item, f"{key}.{name}" if key else name)]
+    if isinstance(value, list) and value:
+        return [leaf for index, item in enumerate(value) for leaf in leaves(item, f"{key}.{index}")]
+    return [key]
+
+
+def test_overrides_reach_every_leaf_and_subtree_of_a_resolved_config(tmp_path: Path) -> None:
+    """Each is set to a value that no type accepts; the error must name exactly that key, not a parent of it."""
+    resolved = config.to_dict(with_changes(tmp_path, {"saes.0.lr": 0.1, "saes.0.hookpoints": "[model.norm]"}))
+    keys = leaves(resolved)
+    parents = {key[:at] for key in keys for at, letter in enumerate(key) if letter == "."}
+    assert len(keys) > 50
+    assert {"train", "saes", "saes.0", "topology.lm", "hookpoints"} <= parents
+    nothing = {"no": ["type", "has this"]}
+    for key in [*keys, *parents]:
+        message = error_of(tmp_path, yaml.safe_dump(resolved), {key: copy.deepcopy(nothing)})
+        assert re.match(rf"{re.escape(key)}(\.no|\.d_sae)?: ", message), message
+
+
+def test_overrides_of_subtrees_replace_them_and_keep_order(tmp_path: Path) -> None:
+    run = with_changes(
+        tmp_path,
+        {
+            "saes": "[{name: a, d_sae: 64, k: 4}, {name: b, d_sae: 64, k: 8}]",
+            "saes.1.k": 16,
+            "saes.0": {"name": "c", "d_sae": 128},
+            "hookpoints": "[model.layers.2]",
+            "topology.sae.tp": "4",
+            "topology.lm": "colocated",
+        },
+    )
+    assert [(entry.name, entry.options) for entry in run.saes] == [
+        ("c", {"d_sae": 128}),
+        ("b", {"d_sae": 64, "k": 16}),
+    ]
+    assert run.hookpoints == ("model.layers.2",)
+    assert run.topology.lm == config.LMTopology(tp=1, dp=4, colocated=True)
+    back = from_text(tmp_path, yaml.safe_dump(config.to_dict(run)), {"topology.lm": {"tp": 2}})
+    assert back.topology.lm == config.LMTopology(tp=2)
+
+
+def test_an_override_does_not_leak_through_a_yaml_alias_or_into_the_caller(tmp_path: Path) -> None:
+    text = "hookpoints: [a]\nbuffer: {}\nsaes:\n- &first {d_sae: 8, k: 2}\n- *first\n"
+    saes = from_text(tmp_path, text, {"saes.1.k": 4, "saes.0.name": "a", "saes.1.name": "b"}).saes
+    assert [entry.options["k"] for entry in saes] == [2, 4]
+    mine = [{"d_sae": 8, "k": 2}]
+    from_text(tmp_path, text, {"saes": mine, "saes.0.k": 4})
+    assert mine == [{"d_sae": 8, "k": 2}]
+
+
+def test_both_names_of_a_key_reach_it(tmp_path: Path) -> None:
+    for text in ("{wandb: false}", "{log_to_wandb: false}"):
+        for change in ({"logging.wandb": True}, {"logging.log_to_wandb": True}, {"logging": {"wandb": True}}):
+            run = from_text(tmp_path, f"{yaml.safe_dump(MINIMAL)}\nlogging: {text}\n", change)
+            assert run.logging.log_to_wandb
+
+
+def test_world_size(tmp_path: Path) -> None:
+    dedicated = {"topology": {"lm": {"tp": 2, "dp": 3}, "sae": {"groups": 2, "tp": 4}}}
+    run = from_text(tmp_path, yaml.safe_dump({**MINIMAL, **dedicated}))
+    assert (run.topology.world_size, run.topology.sae_ranks) == (2 * 3 + 2 * 4, 8)
+    run = from_text(tmp_path, yaml.safe_dump({**MINIMAL, **dedicated}), {"topology.lm": "colocated"})
+    assert (run.topology.world_size, run.topology.lm.tp, run.topology.lm.dp) == (8, 1, 8)
+
+
+def test_an_sae_has_its_own_training_keys_and_hookpoints(tmp_path: Path) -> None:
+    run = with_changes(
+        tmp_path,
+        {"saes": "[{name: a, d_sae: 64, k: 4}, {name: b, d_sae: 64, lr: 1e-3, aux: 5e-2, hookpoints: [model.*:in]}]"},
+    )
+    a, b = run.saes
+    assert (a.train, b.train, b.options) == ({}, {"lr": 1e-3}, {"d_sae": 64, "aux": 5e-2})
+    assert run.train_of(a) == run.train
+    assert run.train_of(b) == dataclasses.replace(run.train, lr=1e-3)
+    assert (run.hookpoints_of(a), run.hookpoints_of(b)) == (("model.layers.1",), ("model.*:in",))
+
+
+@pytest.mark.parametrize("names", [(None, None), ("a", "a"), ("a", None), (None, "a")])
+def test_saes_of_one_hookpoint_need_names_of_their_own(tmp_path: Path, names: tuple[str | None, str | None]) -> None:
+    saes = [{"name": name, "d_sae": 8} for name in names]
+    message = error_of(tmp_path, yaml.safe_dump({**MINIMAL, "saes": saes}))
+    assert re.match(r"saes\.[01]\.name: .*model\.layers\.1 has 2 SAEs", message)
+    saes[1]["hookpoints"] = ["model.norm"]  # type: ignore[assignment]
+    assert len(from_text(tmp_path, yaml.safe_dump({**MINIMAL, "saes": saes})).saes) == 2
+
+
+def full_config(folder: Path) -> RunConfig:
+    changes = {
+        "saes": "[{name: a, d_sae: 64, k: 4, lr: 1e-5}, {name: '32', d_sae: 64, hookpoints: ['*.mlp:in']}]",
+        "model.revision": "'12e45'",  # as a number: 12 * 10^45
+        "data.exclude_special_tokens": "[1]",
+        "data.seqpos_slice": "[1, null]",
+        "train.lr_end": "1e-7",
+        "topology.lm": "colocated",
+    }
+    return with_changes(folder, changes)
+
+
+def test_resolved_config_loads_back_equal(tmp_path: Path) -> None:
+    run = full_config(tmp_path)
+    tree = config.to_dict(run)
+    assert from_text(tmp_path, yaml.safe_dump(tree)) == run
+    assert config.from_dict(json.loads(json.dumps(tree))) == run
+    assert tree["topology"]["lm"] == "colocated"
+    assert tree["saes"][0] == {"name": "a", "architecture": "topk", "hookpoints": None, "lr": 1e-5, "d_sae": 64, "k": 4}
+    assert list(tree) == list(get_type_hints(RunConfig))
+
+
+def test_identity_and_differences(tmp_path: Path) -> None:
+    run = full_config(tmp_path)
+    tree = config.to_dict(run)
+    elsewhere = {
+        "topology": {"lm": {"tp": 4}, "sae": {"tp": 4}},
+        "checkpoint.every_steps": 7,
+        "logging.wandb": True,
+        "resume": "never",
+        "output_dir": "elsewhere",
+    }
+    moved = from_text(tmp_path, yaml.safe_dump(tree), elsewhere)
+    assert config.identity(moved) == config.identity(run)
+    assert config.differences(config.to_dict(moved), tree) == [
+        "output_dir: 'elsewhere' != 'runs/quickstart'",
+        "resume: 'never' != 'auto'",
+        "topology.lm: {'dp': 1, 'tp': 4} != 'colocated'",
+        "topology.sae.tp: 4 != 1",
+        "checkpoint.every_steps: 7 != 200",
+        "logging.log_to_wandb: True != False",
+    ]
+    other = from_text(tmp_path, yaml.safe_dump(tree), {"train.lr": 1e-3, "saes.0.k": 8, "saes.1.lr": 0.5})
+    assert config.differences(config.identity(run), config.identity(other)) == [
+        "saes.0.k: 4 != 8",
+        "saes.1.lr: absent != 0.5",
+        "train.lr: 0.0004 != 0.001",
+    ]

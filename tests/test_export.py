@@ -1,0 +1,350 @@
+"""Releases: equal to the SAE that was trained, loaded by SAELens, complete or absent, and wrong inputs named."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import made_up_run
+import pytest
+import sae_lens
+import safetensors.torch
+import torch
+from made_up_run import D_IN, save_run
+from torch import Tensor
+
+from scale_sae import checkpoint, export, tensorfile
+from scale_sae.collectives import Shard
+from scale_sae.consolidate import consolidate, is_release, main
+from scale_sae.errors import UserError
+from scale_sae.saes import SAE, TrainStepInput, registry
+
+TOPK: dict[str, Any] = {"architecture": "topk", "d_sae": 96, "k": 8}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 11 latents, so that these small SAEs are cut too, and not where the shards are."""
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 11 * 2 * 8 * D_IN)
+
+
+def rows_of_input(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(64, D_IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+
+
+def trained_output(sae_id: str, options: dict[str, Any], x: Tensor) -> Tensor:
+    """What the SAE gives in training, unsharded, in float64 on the stored values."""
+    cfg = registry.training_config("topk", D_IN, {**options, "dtype": "float64"}, "saes.0")
+    sae = registry.create(cfg, Shard())
+    rows, replicated = made_up_run.tensors(D_IN, cfg.d_sae, options.get("dtype", "float32"), sae_id)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_({**rows, **replicated}[name])
+    dead = torch.zeros(cfg.d_sae, dtype=torch.bool)
+    step = TrainStepInput(sae_in=x, dead_neuron_mask=dead, num_dead=0, n_training_steps=0, is_logging_step=False)
+    return sae.training_forward_pass(step).sae_out.detach()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rescaled": {"d_sae": 96, "k": 8},
+    "not rescaled": {"d_sae": 96, "k": 8, "rescale_acts_by_decoder_norm": False},
+    "b_dec not in the input": {"d_sae": 96, "k": 8, "apply_b_dec_to_input": False},
+    "float64": {"d_sae": 96, "k": 8, "dtype": "float64"},
+    "k = d_sae": {"d_sae": 40, "k": 40},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_release_computes_what_training_did(tmp_path: Path, variant: str) -> None:
+    options = VARIANTS[variant]
+    save_run(tmp_path / "run", saes=[{"architecture": "topk", **options}])
+    (report,) = consolidate(tmp_path / "run", tmp_path / "out")
+    x = rows_of_input()
+    sae = SAE.load_from_disk(tmp_path / "out" / "model.layers.1", dtype=torch.float64)
+    # one rounding of each weight to float32 (6e-8), averaged over the sums; float64 is not rounded
+    bound = 1e-13 if options.get("dtype") == "float64" else 1e-6
+    assert relative(sae(x), trained_output("model.layers.1", options, x)) < bound
+    assert report.difference < bound
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sae_lens_loads_the_release_and_agrees(tmp_path: Path, variant: str) -> None:
+    save_run(tmp_path / "run", saes=[{"architecture": "topk", **VARIANTS[variant]}])
+    consolidate(tmp_path / "run", tmp_path / "out")
+    folder = tmp_path / "out" / "model.layers.1"
+    theirs = sae_lens.SAE.load_from_disk(str(folder))
+    ours = SAE.load_from_disk(folder)
+    x = rows_of_input(ours.W_enc.dtype)
+    acts = ours.encode(x)
+    assert relative(theirs.encode(x), acts) < 1e-5
+    assert relative(theirs.decode(acts), ours.decode(acts)) < 1e-5
+    assert relative(theirs(x), ours(x)) < 1e-5
+    assert (acts > 0).sum() > len(x)  # the agreement is not about zeros
+
+
+def test_decoder_rows_of_a_release_have_norm_one(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == {"W_enc": (D_IN, 96), "W_dec": (96, D_IN), "b_enc": (96,), "b_dec": (D_IN,)}
+    # each of 32 squares is off by one float32 rounding
+    assert (weights["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_split_of_the_checkpoint_does_not_change_a_byte(tmp_path: Path) -> None:
+    hashes = set()
+    for name, cuts in {"a": (), "b": (24, 48, 72), "c": (1, 50)}.items():
+        save_run(tmp_path / name, cuts=cuts)
+        consolidate(tmp_path / name, tmp_path / f"out_{name}")
+        path = tmp_path / f"out_{name}" / "model.layers.1" / export.WEIGHTS
+        hashes.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(hashes) == 1
+
+
+def test_dtype_of_the_release(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    (report,) = consolidate(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
+    folder = tmp_path / "out" / "model.layers.1"
+    assert all(t.dtype == torch.bfloat16 for t in safetensors.torch.load_file(folder / export.WEIGHTS).values())
+    assert json.loads((folder / export.CFG).read_text())["dtype"] == "bfloat16"
+    assert sae_lens.SAE.load_from_disk(str(folder)).W_dec.dtype == torch.bfloat16
+    # the measure that tolerance() rests on: rounding gives about 0.3 eps, and is not missed either
+    eps = torch.finfo(torch.bfloat16).eps
+    assert 0.05 * eps < report.difference < eps
+
+
+def test_a_release_is_rounded_once(tmp_path: Path) -> None:
+    """float64 weights released as float32 are the nearest float32 to the fold, not a rounding of a rounding."""
+    save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "float64"}])
+    consolidate(tmp_path / "run", tmp_path / "out", dtype="float32")
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    rows, _ = made_up_run.tensors(D_IN, 96, "float64", "model.layers.1")
+    norms = rows["W_dec"].norm(dim=1, keepdim=True)
+    assert torch.equal(weights["W_enc"].T, (rows["W_enc_rows"] * norms).float())
+    assert torch.equal(weights["W_dec"], (rows["W_dec"] / norms).float())
+
+
+def test_cfg_and_metadata(tmp_path: Path) -> None:
+    keys = {"data": {"context_size": 64, "exclude_special_tokens": [0, 2], "seqpos_slice": [1, None]}}
+    saes = [
+        {**TOPK, "name": "small"},
+        {**TOPK, "name": "wide", "d_sae": 128, "k": 4, "dead_feature_window_tokens": 1000},
+    ]
+    save_run(tmp_path / "run", saes=saes, hookpoints=["model.layers.1:in"], keys=keys)
+    consolidate(tmp_path / "run", tmp_path / "out")
+    cfg = json.loads((tmp_path / "out" / "model.layers.1.in" / "small" / export.CFG).read_text())
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", D_IN, 96, 8)
+    about = cfg["metadata"]
+    assert about["hook_name"] == "model.layers.1:in"
+    assert (about["model_name"], about["model_class_name"]) == ("embedded", "AutoModelForCausalLM")
+    assert (about["context_size"], about["prepend_bos"], about["dataset_path"]) == (64, True, "embedded")
+    assert (about["exclude_special_tokens"], about["seqpos_slice"]) == ([0, 2], [1, None])
+    assert about["training_architecture_details"] == {"aux_loss_coefficient": 1.0, "decoder_init_norm": 0.1}
+    assert (about["training_steps"], about["training_tokens"]) == (40, 40 * 2048)
+    assert about["l0"] == sum(i % 7 for i in range(96)) / 100
+    assert about["num_dead_features"] == 96 - 51  # latent i last fired 10 i tokens ago; dead above 500
+    wide = json.loads((tmp_path / "out" / "model.layers.1.in" / "wide" / export.CFG).read_text())["metadata"]
+    assert wide["num_dead_features"] == 128 - 101  # by its own window of 1000
+    loaded = sae_lens.SAE.load_from_disk(str(tmp_path / "out" / "model.layers.1.in" / "small"))
+    assert loaded.cfg.metadata.hook_name == "model.layers.1:in"
+    assert loaded.cfg.metadata.sae_lens_version == "6.54.12"
+
+
+def test_sparsity_and_runner_cfg(tmp_path: Path) -> None:
+    saved = save_run(tmp_path / "run")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    folder = tmp_path / "out" / "model.layers.1"
+    sparsity = safetensors.torch.load_file(folder / export.SPARSITY)
+    expected = torch.log10((torch.arange(96) % 7).double() / 100 + 1e-10).float()
+    assert list(sparsity) == ["sparsity"] and torch.equal(sparsity["sparsity"], expected)
+    assert json.loads((folder / export.RUNNER_CFG).read_text()) == checkpoint.read_meta(saved)["config"]
+
+
+def test_every_job_is_released_and_in_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saes = [{**TOPK, "name": "a"}, {**TOPK, "name": "b", "d_sae": 48}]
+    save_run(tmp_path / "run", saes=saes, hookpoints=["model.layers.0", "model.layers.1:in"])
+    consolidate(tmp_path / "run", tmp_path / "out")
+    folders = [f"{hookpoint}/{name}" for name in "ab" for hookpoint in ("model.layers.0", "model.layers.1.in")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    printed = capsys.readouterr().out
+    for folder in folders:
+        assert {path.name for path in (tmp_path / "out" / folder).iterdir()} == export_files()
+        assert f"| `{folder}` |" in card
+        assert f"{folder.replace('.in/', ':in/')}: written as float32, reloaded, equals the sharded SAE" in printed
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    assert f"python -m scale_sae.consolidate {tmp_path / 'run'} --out {tmp_path / 'out'}\n" in card
+
+
+def export_files() -> set[str]:
+    return {export.WEIGHTS, export.CFG, export.SPARSITY, export.RUNNER_CFG}
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functional comparison does not rest on the fold: it fails when the fold forgets the norms."""
+    save_run(tmp_path / "run")
+
+    def forgets(cls: type, cfg: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        norms = rows["W_dec"].norm(dim=1, keepdim=True)
+        return {"W_enc": rows["W_enc_rows"], "W_dec": rows["W_dec"] / norms, "b_enc": rows["b_enc"]}
+
+    monkeypatch.setattr(registry.training_class("topk"), "export_rows", classmethod(forgets))
+    with pytest.raises(export.ExportError, match="differs from the sharded one by"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_a_bit_that_the_disk_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One bit of the written file flips before it is read back; a weight's last bit is far below any tolerance."""
+    save_run(tmp_path / "run")
+    write = export.write_weights
+
+    def write_and_flip(sae: export.StoredSAE, path: Path, dtype: torch.dtype) -> None:
+        write(sae, path, dtype)
+        with tensorfile.Reader(path) as reader:
+            entry = reader.entries[name]
+        data = bytearray(path.read_bytes())
+        data[entry.offset + entry.nbytes // 2] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(export, "write_weights", write_and_flip)
+    with pytest.raises(export.ExportError, match=f"{name} read back from the release is not what was written"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["W_enc_rows", "W_dec", "b_enc", "b_dec"])
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, name: str) -> None:
+    """In one latent, of an SAE without rescaling, where it reaches the least of the others."""
+    saved = save_run(tmp_path / "run", saes=[{**TOPK, "rescale_acts_by_decoder_norm": False}], cuts=())
+    folder = checkpoint.sae_folder(saved, "model.layers.1")
+    for path in folder.glob("*.safetensors"):
+        with tensorfile.Reader(path) as reader:
+            tensors = {entry: reader.tensor(entry) for entry in reader.entries}
+        if name in tensors:
+            tensors[name][3] = torch.nan
+            tensorfile.save(path, tensors)
+    job = checkpoint.read_meta(saved)["jobs"][0]
+    with pytest.raises(export.ExportError, match=f"{name.removesuffix('_rows')} is not finite"):
+        export.export_sae(saved, job, tmp_path / "out", {})
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(tmp_path / "run", step=10)
+    newest = save_run(tmp_path / "run", step=20)
+    (newest / "meta.json").write_text("{}")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "step_00000020 is damaged and is left out" in said.err and "of step 10 " in said.out
+    with pytest.raises(UserError, match="no intact checkpoint of step 20"):
+        consolidate(tmp_path / "run", tmp_path / "out", step=20)
+    (checkpoint.complete(tmp_path / "run")[1] / "meta.json").unlink()
+    with pytest.raises(UserError, match="no intact checkpoint; restore one"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_given_step_is_released(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_run(tmp_path / "run", step=step)
+    consolidate(tmp_path / "run", tmp_path / "out", step=10)
+    cfg = json.loads((tmp_path / "out" / "model.layers.1" / export.CFG).read_text())
+    assert cfg["metadata"]["training_steps"] == 10
+    with pytest.raises(UserError, match="no complete checkpoint of that step; it has 20, 10"):
+        consolidate(tmp_path / "run", tmp_path / "out", step=30)
+
+
+def test_only_a_release_is_replaced(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    out = tmp_path / "out"
+    out.mkdir()
+    consolidate(tmp_path / "run", out)  # an empty folder is no loss
+    (out / "model.layers.1" / "eval.json").write_text("{}")
+    assert is_release(out)
+    consolidate(tmp_path / "run", out, dtype="bfloat16")
+    assert json.loads((out / "model.layers.1" / export.CFG).read_text())["dtype"] == "bfloat16"
+    assert not (out / "model.layers.1" / "eval.json").exists()  # it was about the weights before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a release of scale_sae"):
+        consolidate(tmp_path / "run", out)
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="is not a release of scale_sae"):
+        consolidate(tmp_path / "run", tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a release of scale_sae"):
+        consolidate(tmp_path / "run", tmp_path / "file")
+
+
+def test_a_failed_release_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "run", hookpoints=["model.layers.0", "model.layers.1"])
+    consolidate(tmp_path / "run", tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    write_sparsity = export.write_sparsity
+
+    def full_disk(sae: export.StoredSAE, path: Path) -> None:
+        if sae.folder.name == "model.layers.1":
+            raise OSError(28, os.strerror(28), str(path))
+        write_sparsity(sae, path)
+
+    monkeypatch.setattr(export, "write_sparsity", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+WRONG_INPUTS: dict[str, tuple[list[str], str]] = {
+    "no run": (["--out", "{tmp}/out"], "RUN_DIR is missing"),
+    "no checkpoint": (["{tmp}/nothing", "--out", "{tmp}/out"], "{tmp}/nothing: holds no complete checkpoint"),
+    "no out": (["{tmp}/run"], "--out is missing"),
+    "unknown flag": (["{tmp}/run", "--out", "{tmp}/out", "--stpe", "3"], "--stpe 3: no such option (did you mean step"),
+    "extra": (["{tmp}/run", "{tmp}/out"], "{tmp}/out: the run's output_dir is the only argument"),
+    "step": (["{tmp}/run", "--out", "{tmp}/out", "--step", "last"], "--step last: must be the number of a step"),
+    "bare step": (["{tmp}/run", "--out", "{tmp}/out", "--step"], "--step True: must be the number of a step"),
+    "dtype": (["{tmp}/run", "--out", "{tmp}/out", "--dtype", "bf16"], "--dtype bf16: must be one of float32,"),
+}
+
+
+def command_line(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "scale_sae.consolidate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_a_wrong_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    import fire
+
+    save_run(tmp_path / "run")
+    arguments, message = WRONG_INPUTS[case]
+    with pytest.raises(SystemExit) as stopped:
+        fire.Fire(main, command=[argument.format(tmp=tmp_path) for argument in arguments])
+    line = str(stopped.value)  # Python prints it to stderr and exits with 1
+    assert line.startswith(f"error: {message.format(tmp=tmp_path)}") and "\n" not in line
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    done = command_line(str(tmp_path / "run"), "--out", str(tmp_path / "a b" / "out"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"released 1 SAEs in {tmp_path / 'a b' / 'out'}"
+    failed = command_line(str(tmp_path / "run"), "--out", str(tmp_path / "run"))
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.startswith("error: --out") and failed.stderr.count("\n") == 1
+    shown = command_line("--help")
+    assert shown.returncode == 0 and "--out DIR [--step N] [--dtype D]" in shown.stdout

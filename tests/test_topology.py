@@ -1,0 +1,84 @@
+"""The plan is arithmetic: every rank has one place, every row one sender, and the work is split evenly."""
+
+import itertools
+
+import pytest
+
+from scale_sae.config import LMTopology, SAETopology, TopologyConfig
+from scale_sae.errors import UserError
+from scale_sae.topology import Job, Plan, check_world_size, plan, split_jobs
+
+
+def jobs(count: int, per_hookpoint: int = 1) -> list[Job]:
+    return [
+        Job(f"layers.{i // per_hookpoint}/{i % per_hookpoint}", f"layers.{i // per_hookpoint}", 100) for i in range(count)
+    ]
+
+
+def make(lm: tuple[int, int] | None, sae: tuple[int, int, int], n_jobs: int = 8, lanes: int = 64) -> Plan:
+    language = LMTopology(colocated=True) if lm is None else LMTopology(tp=lm[0], dp=lm[1])
+    return plan(TopologyConfig(lm=language, sae=SAETopology(*sae)), jobs(n_jobs), lanes)
+
+
+CASES = [
+    ((2, 1), (1, 1, 2)),
+    ((1, 2), (1, 1, 1)),
+    ((4, 2), (2, 1, 4)),
+    ((8, 16), (6, 8, 8)),  # 512 ranks
+    (None, (1, 1, 1)),
+    (None, (4, 1, 2)),
+    ((2, 3), (2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("lm", "sae"), CASES)
+def test_every_rank_has_a_place(lm: tuple[int, int] | None, sae: tuple[int, int, int]) -> None:
+    planned = make(lm, sae)
+    sae_ranks = [rank for group in planned.groups for rank in group.ranks]
+    lm_ranks = [rank for replica in planned.lm for rank in replica]
+    assert sae_ranks == list(range(len(sae_ranks)))
+    assert planned.world_size == len(set(sae_ranks + lm_ranks))
+    if lm is None:
+        assert lm_ranks == sae_ranks
+    else:
+        assert not set(sae_ranks) & set(lm_ranks)
+        assert [len(replica) for replica in planned.lm] == [lm[0]] * lm[1]
+    assert sorted(i for group in planned.groups for i in group.jobs) == list(range(8))
+
+
+@pytest.mark.parametrize(("lm", "sae"), CASES)
+def test_lanes_are_hosted_once_and_sent_once(lm: tuple[int, int] | None, sae: tuple[int, int, int]) -> None:
+    planned = make(lm, sae, lanes=384)
+    for group in planned.groups:
+        hosted = [lane for rank in group.ranks for lane in planned.lane_block(group, rank)]
+        assert hosted == list(range(384))
+        for replica, ranks in enumerate(planned.lm):
+            reached = [receiver for rank in ranks for receiver in planned.receivers(rank, group)]
+            assert sorted(reached) == list(group.ranks)
+            for rank in ranks:
+                for receiver in planned.receivers(rank, group):
+                    assert planned.sender(replica, group, receiver) == rank
+
+
+def test_jobs_are_split_by_cost() -> None:
+    costs = [8, 7, 6, 5, 4, 3, 2, 1]
+    dealt = split_jobs([Job(str(i), str(i), cost) for i, cost in enumerate(costs)], 2)
+    totals = [sum(costs[i] for i in group) for group in dealt]
+    assert totals == [18, 18]
+
+
+def test_jobs_of_one_hookpoint_stay_together_unless_a_group_would_be_empty() -> None:
+    two_hookpoints = jobs(6, per_hookpoint=3)
+    assert split_jobs(two_hookpoints, 2) == [[0, 1, 2], [3, 4, 5]]
+    dealt = split_jobs(two_hookpoints, 5)
+    assert sorted(itertools.chain(*dealt)) == list(range(6))
+    assert all(dealt)
+    with pytest.raises(UserError, match=r"topology\.sae\.groups: 7 groups for 6 SAEs"):
+        split_jobs(two_hookpoints, 7)
+
+
+def test_wrong_number_of_ranks_names_both_and_a_command() -> None:
+    topology = TopologyConfig(lm=LMTopology(tp=2), sae=SAETopology(tp=2))
+    check_world_size(topology, 4, "c.yaml")
+    with pytest.raises(UserError, match=r"needs 4 ranks but 3 were started.*--num_processes 4 .*--config c\.yaml"):
+        check_world_size(topology, 3, "c.yaml")
