@@ -1,7 +1,7 @@
 """Evaluates a release on held-out text: ``python -m scale_sae.evaluate DIR [--sae_id …] [--tokens N]``.
 
-For each SAE: how well it reconstructs, how sparse it is, and what the language model loses when the reconstruction takes
-the place of the activations. Writes ``eval.json`` beside the weights (SAELens's names) and prints a table.
+For each SAE: how well it reconstructs, how sparse it is, and what the language model loses when the reconstruction
+takes the place of the activations. Writes ``eval.json`` beside the weights (SAELens's names) and prints a table.
 """
 
 import json
@@ -191,7 +191,9 @@ def release_folders(root: Path, sae_id: str | None) -> list[Path]:
     """The folders of the release's SAEs, or of the one asked for."""
     folders = sorted(path.parent for path in root.rglob("cfg.json"))
     if not folders:
-        raise UserError(f"{root}: holds no released SAE; make one with python -m scale_sae.consolidate RUN_DIR --out {root}")
+        raise UserError(
+            f"{root}: holds no released SAE; make one with python -m scale_sae.consolidate RUN_DIR --out {root}"
+        )
     if sae_id is None:
         return folders
     names = {folder.relative_to(root).as_posix(): folder for folder in folders}
@@ -226,7 +228,9 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def run(release: object, extra: tuple[object, ...], sae_id: str | None, tokens: object, unknown: dict[str, Any]) -> None:
+def run(
+    release: object, extra: tuple[object, ...], sae_id: str | None, tokens: object, unknown: dict[str, Any]
+) -> None:
     if extra or unknown:
         word = extra[0] if extra else f"--{next(iter(unknown))}"
         raise UserError(f"{word}: no argument of evaluate; it takes DIR, --sae_id and --tokens")

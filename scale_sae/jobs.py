@@ -52,6 +52,8 @@ def resolve(config: RunConfig) -> tuple[dict[str, int], list[JobSpec]]:
             cfg = registry.training_config(entry.architecture, widths[hookpoint], entry.options, f"saes.{index}")
             sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
             if any(job.sae_id == sae_id for job in jobs):
-                raise UserError(f"saes.{index}.name: a second SAE at {hookpoint} would be {sae_id!r} too; give each a name")
+                raise UserError(
+                    f"saes.{index}.name: a second SAE at {hookpoint} would be {sae_id!r} too; give each a name"
+                )
             jobs.append(JobSpec(sae_id, hookpoint, index, entry.architecture, cfg, config.train_of(entry)))
     return widths, jobs

@@ -5,6 +5,7 @@ Metric names are SAELens's where the quantity is the same.
 
 import json
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ class MetricsWriter:
     """The main process's logs: one JSON line per SAE and log step, a progress bar, wandb."""
 
     def __init__(
-        self, run_dir: Path, logging: LoggingConfig, total_steps: int, batch: int, start_step: int, config: dict[str, Any]
+        self,
+        run_dir: Path,
+        logging: LoggingConfig,
+        total_steps: int,
+        batch: int,
+        start_step: int,
+        config: dict[str, Any],
     ):
         from tqdm import tqdm
 
@@ -39,7 +46,12 @@ class MetricsWriter:
         _truncate(self.path, start_step)
         self.file = self.path.open("a")
         self.bar = tqdm(
-            total=total_steps * batch, initial=start_step * batch, unit="tok", unit_scale=True, desc="training", file=sys.stderr
+            total=total_steps * batch,
+            initial=start_step * batch,
+            unit="tok",
+            unit_scale=True,
+            desc="training",
+            file=sys.stderr,
         )
         self.batch = batch
         self.wandb = None
@@ -47,8 +59,9 @@ class MetricsWriter:
             import wandb
 
             id_file = run_dir / "wandb_id"
-            run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
-            id_file.write_text(run_id)
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:8])
+            run_id = id_file.read_text()
             self.wandb = wandb.init(
                 project=logging.wandb_project, id=run_id, resume="allow", dir=str(run_dir), config=config
             )

@@ -27,7 +27,9 @@ def lock(run_dir: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"output_dir: {run_dir} is in use by another run; wait for it or choose another folder") from None
+        raise UserError(
+            f"output_dir: {run_dir} is in use by another run; wait for it or choose another folder"
+        ) from None
     return handle
 
 
@@ -40,8 +42,12 @@ def prepare(config: RunConfig) -> None:
     path = run_dir / CONFIG
     if path.exists():
         if config.resume == "never":
-            raise UserError(f"output_dir: {run_dir} already holds a run; set resume: auto to go on, or choose another folder")
-        check_same_run(config, to_dict(from_dict(yaml.safe_load(path.read_text()))), checkpoint.complete(run_dir), str(run_dir))
+            raise UserError(
+                f"output_dir: {run_dir} already holds a run; set resume: auto to go on, or choose another folder"
+            )
+        check_same_run(
+            config, to_dict(from_dict(yaml.safe_load(path.read_text()))), checkpoint.complete(run_dir), str(run_dir)
+        )
     elif checkpoint.complete(run_dir):
         raise UserError(f"output_dir: {run_dir} holds checkpoints but no {CONFIG}; choose another folder")
     aside = run_dir / f".{CONFIG}"
@@ -65,7 +71,7 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[P
         if all(t.lr_scheduler_name == "constant" and done <= steps - t.lr_decay_steps for t in settings):
             return
         raise UserError(
-            "train.training_tokens: cannot grow any more: the schedule of the saved run is already heading for its end; "
+            "train.training_tokens: cannot grow any more: the schedule of the saved run already heads for its end; "
             "choose another output_dir"
         )
     if found:

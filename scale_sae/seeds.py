@@ -1,4 +1,4 @@
-"""Random streams named by what they are for, so that no draw depends on which rank makes it or what was drawn before."""
+"""Random streams named by what they are for, so that no draw depends on the rank or on what was drawn before."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
 """Which rank does what: ``plan`` is arithmetic on the config, ``build`` makes the process groups of one rank.
 
-Ranks of SAE groups come first, so that rank 0 always trains SAEs; dedicated LM ranks follow. Inside a group the ranks are
-a (dp, tp) grid in row-major order, inside an LM replica they are its tp ranks.
+Ranks of SAE groups come first, so that rank 0 always trains SAEs; dedicated LM ranks follow. Inside a group the ranks
+are a (dp, tp) grid in row-major order, inside an LM replica they are its tp ranks.
 """
 
 import datetime
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from scale_sae.collectives import Shard
@@ -72,7 +73,7 @@ class Plan:
         return range(place * share, (place + 1) * share)
 
     def receivers(self, rank: int, group: Group) -> tuple[int, ...]:
-        """The SAE ranks of ``group`` that LM rank ``rank`` sends to: every lm.tp-th, so that its peers share the work."""
+        """The SAE ranks of ``group`` that LM rank ``rank`` sends to: every lm.tp-th, its peers send to the others."""
         replica = self.replica_of(rank)
         assert replica is not None
         ranks = self.lm[replica]
@@ -91,9 +92,7 @@ def split_jobs(jobs: Sequence[Job], groups: int) -> list[list[int]]:
     empty. The dearest bundle goes first, always to the cheapest group so far (the longest-processing-time rule).
     """
     if len(jobs) < groups:
-        raise UserError(
-            f"topology.sae.groups: {groups} groups for {len(jobs)} SAEs; set it to at most {len(jobs)} or train more SAEs"
-        )
+        raise UserError(f"topology.sae.groups: {groups} groups for {len(jobs)} SAEs; set it to at most {len(jobs)}")
     bundles: dict[str, list[int]] = {}
     for index, job in enumerate(jobs):
         bundles.setdefault(job.hookpoint, []).append(index)
@@ -124,7 +123,7 @@ def plan(topology: TopologyConfig, jobs: Sequence[Job], lanes: int) -> Plan:
         groups.append(Group(index, ranks, sae.dp, sae.tp, tuple(members), hookpoints))
     n_sae = sae.groups * per_group
     if lm.colocated:
-        replicas = tuple((rank,) for rank in range(n_sae))
+        replicas: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in range(n_sae))
     else:
         replicas = tuple(tuple(range(n_sae + p * lm.tp, n_sae + (p + 1) * lm.tp)) for p in range(lm.dp))
     return Plan(topology.world_size, lm.colocated, replicas, tuple(groups), lanes)
@@ -141,7 +140,7 @@ class Topology:
     plan: Plan
     rank: int
     device: torch.device
-    store: dist.Store
+    store: Store
     control: dist.ProcessGroup
     sae_control: dist.ProcessGroup | None
     group: Group | None
@@ -186,22 +185,22 @@ def pick_device(local_rank: int) -> tuple[torch.device, str]:
     return device, "nccl" if local_world <= torch.cuda.device_count() else "gloo"
 
 
-def connect(rank: int, world_size: int, backend: str) -> dist.Store:
+def connect(rank: int, world_size: int, backend: str) -> Store:
     """Makes the default process group and returns its store.
 
     The keys hold the launcher's restart count: a restarted rank would otherwise read the addresses of the dead ones.
     """
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        base: dist.Store = dist.HashStore()
+        base: Store = HashStore()
     else:
-        base, _, _ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
-    store = dist.PrefixStore(f"scale_sae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+        base, _, _ = next(iter(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
+    store = PrefixStore(f"scale_sae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
     default = "gloo" if backend == "gloo" else f"cpu:gloo,cuda:{backend}"
     dist.init_process_group(default, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    return dist.PrefixStore("run", store)
+    return PrefixStore("run", store)
 
 
-def build(plan: Plan, rank: int, device: torch.device, backend: str, store: dist.Store) -> Topology:
+def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Store) -> Topology:
     """Makes every process group of the run, in one order on all ranks, and returns this rank's view.
 
     Needs the default group of ``connect``. Each group is used once here, so that no communicator is set up lazily

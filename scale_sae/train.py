@@ -126,13 +126,14 @@ class Run:
     def train(self) -> None:
         """The whole run. ``UserError`` on every rank if the text ended early."""
         found = self.open_run_dir()
-        meta = checkpoint.read_meta(found) if found is not None else None
-        stream = meta["stream"] if meta else {"chunks_inserted": 0, "rows_inserted": 0, "cursor": None}
+        stream: dict[str, Any] = {"chunks_inserted": 0, "rows_inserted": 0, "cursor": None}
+        if found is not None:
+            stream = checkpoint.read_meta(found)["stream"]
         start = Start(stream["chunks_inserted"], stream["rows_inserted"])
         runs_lm = self.place.plan.replica_of(self.place.rank) is not None
 
         def prepare() -> tuple[Any, ActivationSource | None, Trainer | None]:
-            chunks = source = trainer = None
+            chunks, source, trainer = None, None, None
             if runs_lm:
                 chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
                 source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh)
@@ -145,15 +146,14 @@ class Run:
         chunks, source, trainer = agree(prepare)
         forwarded: Sender | ColocatedExchange | None
         if trainer is None:
+            assert source is not None
             forwarded = Sender(self.place, self.widths, self.schedule, self.dtype)
             produce(self.place, source, forwarded, self.schedule, start, chunks, self.lm_should_stop)
         elif source is None:
             self._train_saes(trainer, Receiver(self.place, self.widths, self.schedule, self.dtype, start))
             forwarded = None
         else:
-            forwarded = ColocatedExchange(
-                self.place, self.widths, self.schedule, self.dtype, start, chunks, source
-            )
+            forwarded = ColocatedExchange(self.place, self.widths, self.schedule, self.dtype, start, chunks, source)
             self._train_saes(trainer, forwarded)
         self._summarise(trainer, source, forwarded)
         agree(lambda: self._check_text(trainer))
@@ -200,13 +200,13 @@ class Run:
     def _check_text(self, trainer: Trainer | None) -> None:
         if trainer is not None and trainer.text_ended:
             raise UserError(
-                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows but train.training_tokens "
-                f"needs {self.schedule.rows_needed}; all {trainer.step} whole batches were trained and saved. Lower "
-                "train.training_tokens or give more text"
+                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows, but "
+                f"train.training_tokens needs {self.schedule.rows_needed}; all {trainer.step} whole batches were "
+                "trained and saved. Lower train.training_tokens or give more text"
             )
 
 
-def report_fault(store: dist.Store, rank: int, message: str) -> None:
+def report_fault(store: topology.Store, rank: int, message: str) -> None:
     """Prints why the run ends, unless another rank was first: its end is then the cause of this one's."""
     if store.compare_set("fault", "", str(rank)).decode() == str(rank):
         print(message, file=sys.stderr, flush=True)
@@ -237,9 +237,7 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     store = topology.connect(rank, world_size, backend)
     try:
         widths, specs = agree(lambda: resolve(config))
-        planned = agree(
-            lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes)
-        )
+        planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
         place = topology.build(planned, rank, device, backend, store)
         Run(config, place, specs, widths, stop).train()
     except UserError as error:

@@ -16,7 +16,7 @@ from scale_sae import checkpoint
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.transport import ReceivedChunk
-from scale_sae.collectives import Shard
+from scale_sae.collectives import NonFiniteError, Shard
 from scale_sae.config import RunConfig, to_dict
 from scale_sae.errors import UserError
 from scale_sae.jobs import JobSpec
@@ -140,7 +140,9 @@ class JobTrainer:
         for name in sorted(self.sae.replicated):
             value = self.sae.get_parameter(name).data
             if not torch.equal(self.shard.all_reduce(value, "max"), self.shard.all_reduce(value, "min")):
-                raise RuntimeError(f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it")
+                raise RuntimeError(
+                    f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it"
+                )
 
 
 class Trainer:
@@ -173,6 +175,8 @@ class Trainer:
         self.chunks_inserted = 0
         self.step = 0
         self.saved_step: int | None = None
+        # Diverged SAEs that were spoken of.
+        self.reported: list[str] = []
         # Whether the text gave fewer rows than the run needs.
         self.text_ended = False
         # Rows that were left out since the run was launched: [non-finite, outliers] per hookpoint.
@@ -220,7 +224,7 @@ class Trainer:
         return work, flag
 
     def _fill(self, stream: Stream) -> bool:
-        """Inserts exactly the chunks that draw ``self.step`` waits for; False if the text ended before a whole batch."""
+        """Inserts exactly the chunks that draw ``self.step`` waits for; False if the text ends before a whole batch."""
         while self.buffer.inserted < self.schedule.rows_before_draw(self.step):
             chunk = stream.next_chunk()
             if chunk is None:
@@ -245,7 +249,11 @@ class Trainer:
                 continue
             x, weights = batch[job.spec.hookpoint]
             dtype = job.sae.b_dec.dtype
-            measured.append((job, job.step(x.to(dtype), weights.to(dtype), step, is_logging_step)))
+            try:
+                measured.append((job, job.step(x.to(dtype), weights.to(dtype), step, is_logging_step)))
+            except NonFiniteError:
+                # Raised on all shards at once, so they stay in step.
+                job.frozen.fill_(True)
         self.step += 1
         if writer is not None:
             writer.advance()
@@ -279,23 +287,30 @@ class Trainer:
                 }
             )
             job.frozen.fill_(values["details/skipped_updates"] > SKIP_LIMIT)
-        frozen = [job.spec.sae_id for job, _ in measured if job.frozen]
+        frozen = [job.spec.sae_id for job in self.jobs if job.frozen]
         if self.topology.shard.rank != 0:
-            records, frozen = [], []
-        gathered: list[Any] | None = [None] * dist.get_world_size(self.control) if self.is_main else None
-        dist.gather_object((records, frozen), gathered, dst=0, group=self.control)
-        if gathered is None or writer is None:
-            return
-        for sae_id in (sae_id for _, ids in gathered for sae_id in ids):
-            writer.say(f"{sae_id}: {SKIP_LIMIT} updates had a non-finite loss or gradient; it is trained no further")
+            records = []
+        gathered: list[Any] = [None] * dist.get_world_size(self.control)
+        dist.all_gather_object(gathered, (records, frozen), group=self.control)
         # In the order of the config, whichever groups the SAEs are in.
         order = {spec.sae_id: i for i, spec in enumerate(self.specs)}
-        writer.write(
-            self.step, sorted((r for part, _ in gathered for r in part), key=lambda record: order[record["sae_id"]])
-        )
+        all_records = sorted((r for part, _ in gathered for r in part), key=lambda record: order[record["sae_id"]])
+        all_frozen = sorted({sae_id for _, ids in gathered for sae_id in ids}, key=order.__getitem__)
+        if writer is not None:
+            for sae_id in all_frozen:
+                if sae_id not in self.reported:
+                    writer.say(f"{sae_id} has diverged: its values are no longer finite. It is trained no further")
+            if all_records:
+                writer.write(self.step, all_records)
+        self.reported = all_frozen
+        if len(all_frozen) == len(self.specs):
+            raise UserError(
+                f"train.lr: every SAE has diverged by step {self.step} (non-finite values); lower it, or raise "
+                "train.lr_warm_up_steps"
+            )
 
     def _check_non_finite(self) -> None:
-        """``UserError`` if too many of the rows since launch were NaN or infinite; all ranks of the group see the same."""
+        """``UserError`` if too many rows since launch were NaN or infinite; all ranks of the group see the same."""
         rows = (self.step - self.launched_at_step) * self.schedule.batch
         for name, counts in self.left_out.items():
             bad = int(counts[0])

@@ -170,9 +170,7 @@ def rank_pids(process: subprocess.Popen[str]) -> list[int]:
         try:
             if os.getpgid(int(entry.name)) != process.pid:
                 continue
-            variables = dict(
-                part.split("=", 1) for part in (entry / "environ").read_text().split("\0") if "=" in part
-            )
+            variables = dict(part.split("=", 1) for part in (entry / "environ").read_text().split("\0") if "=" in part)
         except (ProcessLookupError, FileNotFoundError):
             continue
         if "LOCAL_RANK" in variables:
@@ -185,7 +183,11 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], time
     path = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         time.sleep(0.05)

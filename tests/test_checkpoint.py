@@ -144,9 +144,12 @@ def test_an_intact_checkpoint_has_no_problems_and_its_meta(tmp_path: Path) -> No
     assert not checkpoint.aside(tmp_path, 200).exists()
 
 
-@pytest.mark.parametrize("damage", ["flip a bit", "cut a byte off", "delete"])
-def test_every_file_is_guarded(tmp_path: Path, damage: str) -> None:
-    """Each file in turn, the marker and the meta too; the line names the file."""
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("flip a bit", "has changed since"), ("cut a byte off", "bytes instead of"), ("delete", "is missing")],
+)
+def test_every_file_is_guarded(tmp_path: Path, damage: str, said: str) -> None:
+    """Each file in turn, the marker and the meta too; the line names the file and what is wrong with it."""
     pristine = write(tmp_path / "pristine", 7, [10])
     names = [path.relative_to(pristine) for path in files_of(pristine)]
     assert len(names) == 5  # two row files, replicated, meta, marker
@@ -163,6 +166,7 @@ def test_every_file_is_guarded(tmp_path: Path, damage: str) -> None:
             path.write_bytes(data[:-1])
         problems = checkpoint.verify(tmp_path / "copy")
         assert len(problems) == 1 and str(path) in problems[0], (name, problems)
+        assert said in problems[0] or (path.name == checkpoint.MARKER and "is damaged" in problems[0])
 
 
 def test_no_flipped_bit_of_the_marker_passes(tmp_path: Path) -> None:

@@ -122,14 +122,16 @@ def test_dtype_of_the_release(tmp_path: Path) -> None:
 
 
 def test_a_release_is_rounded_once(tmp_path: Path) -> None:
-    """float64 weights released as float32 are the nearest float32 to the fold, not a rounding of a rounding."""
-    save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "float64"}])
+    """bfloat16 weights released as float32 are the nearest float32 to the fold, which is not rounded to bfloat16 first."""
+    save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "bfloat16"}])
     consolidate(tmp_path / "run", tmp_path / "out", dtype="float32")
     weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
-    rows, _ = made_up_run.tensors(D_IN, 96, "float64", "model.layers.1")
+    stored, _ = made_up_run.tensors(D_IN, 96, "bfloat16", "model.layers.1")
+    rows = {name: tensor.double() for name, tensor in stored.items()}
     norms = rows["W_dec"].norm(dim=1, keepdim=True)
     assert torch.equal(weights["W_enc"].T, (rows["W_enc_rows"] * norms).float())
     assert torch.equal(weights["W_dec"], (rows["W_dec"] / norms).float())
+    assert torch.equal(weights["b_enc"], (rows["b_enc"] * norms[:, 0]).float())
 
 
 def test_cfg_and_metadata(tmp_path: Path) -> None:

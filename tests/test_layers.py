@@ -42,7 +42,9 @@ def project_imports(path: Path) -> set[str]:
             base = node.module.split(".")[1:]
             names |= {".".join([*base, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.removeprefix("scale_sae.") for alias in node.names if alias.name.startswith("scale_sae.")}
+            names |= {
+                alias.name.removeprefix("scale_sae.") for alias in node.names if alias.name.startswith("scale_sae.")
+            }
     return names
 
 
@@ -89,17 +91,12 @@ def test_no_cycle_inside_a_package() -> None:
 
 
 def test_only_topology_makes_groups() -> None:
-    makers = {
-        name
-        for name, path in modules().items()
-        for word in GROUP_MAKERS
-        if f"{word}(" in path.read_text()
-    }
+    makers = {name for name, path in modules().items() for word in GROUP_MAKERS if f"{word}(" in path.read_text()}
     assert makers == {"topology"}
 
 
 def test_core_imports_with_torch_and_safetensors_alone() -> None:
-    core = ["", "collectives", "kernels.codes", "saes.registry", "saes.inference", "optim", "checkpoint", "trainer", "topology"]
+    core = ["", "collectives", "kernels.codes", "saes.registry", "saes.inference", "optim", "checkpoint", "trainer"]
     heavy = ["datasets", "wandb", "deepspeed", "transformers", "accelerate", "fire", "tokenizers", "tqdm"]
     code = (
         "import sys\n"

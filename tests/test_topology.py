@@ -11,7 +11,8 @@ from scale_sae.topology import Job, Plan, check_world_size, plan, split_jobs
 
 def jobs(count: int, per_hookpoint: int = 1) -> list[Job]:
     return [
-        Job(f"layers.{i // per_hookpoint}/{i % per_hookpoint}", f"layers.{i // per_hookpoint}", 100) for i in range(count)
+        Job(f"layers.{i // per_hookpoint}/{i % per_hookpoint}", f"layers.{i // per_hookpoint}", 100)
+        for i in range(count)
     ]
 
 

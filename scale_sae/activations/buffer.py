@@ -14,7 +14,7 @@ from scale_sae.seeds import generator
 
 
 def rows_of_lanes(start: int, count: int, lanes: range, total_lanes: int) -> Tensor:
-    """Which of the rows ``start`` to ``start + count`` fall into ``lanes``: offsets from ``start``, ascending, int64 [n]."""
+    """Which of rows ``start`` to ``start + count`` are in ``lanes``: offsets from ``start``, ascending, int64 [n]."""
     lane = torch.arange(start, start + count) % total_lanes
     return torch.nonzero((lane >= lanes.start) & (lane < lanes.stop)).flatten()
 
@@ -67,7 +67,7 @@ class LaneBuffer:
         self.inserted += count
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """Removes and returns this rank's part of batch ``step``: ``[batch / lanes * len(lanes), width]`` per hookpoint.
+        """Removes and returns this rank's part of batch ``step``: ``[batch / lanes * len(lanes), width]`` each.
 
         Picked rows leave holes; the last rows of the lane that were not picked fill them, both in ascending order.
         """
@@ -96,7 +96,7 @@ class LaneBuffer:
         return batch
 
     def state(self) -> dict[str, Tensor]:
-        """The filled part of every lane, ``[len(lanes), most filled slots of any lane, width]`` per hookpoint (views)."""
+        """The filled part of every lane, ``[len(lanes), most filled slots of any lane, width]`` each (views)."""
         # Lane 0 is the first to get a row, on whichever rank it is.
         most = self.schedule.inserted(0, self.inserted) - self.draws * (self.schedule.batch // self.schedule.lanes)
         return {name: rows[:, :most] for name, rows in self.rows.items()}

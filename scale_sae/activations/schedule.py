@@ -1,6 +1,6 @@
 """The arithmetic of the activation stream: when a chunk enters the buffer and how many steps a run has.
 
-Everything here follows from the config and from the number of rows in each chunk, so that all ranks agree without asking.
+Everything here follows from the config and the number of rows in each chunk, so that all ranks agree unasked.
 """
 
 from dataclasses import dataclass
