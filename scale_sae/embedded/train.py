@@ -111,7 +111,7 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch: int, p
             print(f"step {step} bits/token {bits:.3f} {time.monotonic() - start:.0f} s", flush=True)
 
 
-def main(out: str, steps: int = 3000, batch: int = 16, lr: float = 3e-3) -> None:
+def main(out: str, steps: int = 3200, batch: int = 12, lr: float = 3e-3) -> None:
     """Trains the model for ``steps`` steps of ``batch`` contexts of 256 bytes and writes it to the folder ``out``."""
     tokenizer = byte_tokenizer()
     texts = load_text()["text"]
