@@ -10,7 +10,6 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus == 0)); then
     options=(--config_file launch/cpu.yaml --num_processes 4)
     overrides=()
-    export OMP_NUM_THREADS=1
 else
     # The largest power of two that the GPUs allow; each runs the language model and holds its share of the SAEs.
     processes=1

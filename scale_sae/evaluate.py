@@ -4,6 +4,7 @@ For each SAE: how well it reconstructs, how sparse it is, and what the language 
 takes the place of the activations. Writes ``eval.json`` beside the weights (SAELens's names) and prints a table.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -95,7 +96,7 @@ class Reconstruction:
                 "l2_norm_in": norm_in,
                 "l2_norm_out": norm_out,
                 "l2_ratio": norm_out / norm_in,
-                "relative_reconstruction_bias": square_out / inner,
+                "relative_reconstruction_bias": square_out / inner if inner else math.nan,
             },
             "sparsity": {
                 "l0": float(self.fired.sum()) / self.rows,
@@ -149,42 +150,52 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> tuple[float, int]:
     return float(losses), tokens[:, 1:].numel()
 
 
-@torch.no_grad()
-def evaluate_sae(source: ActivationSource, sae: SAE, hookpoint: str, data: list[Batch]) -> dict[str, dict[str, float]]:
-    """All figures of one SAE. The cross-entropy part is there for models that predict tokens.
+class Evaluator:
+    """A language model and the held-out text of one run's config, to evaluate SAEs at any of ``hookpoints``."""
 
-    The ablation sets the kept positions to zero; excluded positions (special tokens) stay as they are throughout.
-    """
-    reconstruction = Reconstruction(sae)
-    totals = {"without_sae": 0.0, "with_sae": 0.0, "with_ablation": 0.0}
-    predictions = 0
-    device = sae.b_dec.device
-    for batch in data:
-        tokens = batch.tokens.to(device)
-        for name, fn in (("with_sae", reconstruction.add), ("with_ablation", torch.zeros_like)):
-            with source.replace(hookpoint, at_kept_positions(fn, batch.keep)):
-                logits = source.logits(tokens)
-            if predicts_tokens(logits, tokens):
-                totals[name] += cross_entropy(logits, tokens)[0]
-        clean = source.logits(tokens)
-        if predicts_tokens(clean, tokens):
-            loss, count = cross_entropy(clean, tokens)
-            totals["without_sae"] += loss
+    def __init__(self, config: RunConfig, hookpoints: list[str], tokens: int, device: torch.device):
+        self.device = device
+        self.data = batches(config, tokens)
+        self.source = ActivationSource(config.model, inspect_model(config.model, hookpoints), device)
+        self.clean_loss = self._mean_loss()
+
+    @torch.no_grad()
+    def evaluate(self, sae: SAE, hookpoint: str) -> dict[str, dict[str, float]]:
+        """All figures of one SAE. The cross-entropy part is there for models that predict tokens.
+
+        The ablation sets the kept positions to zero; excluded positions (special tokens) stay as they are throughout.
+        """
+        reconstruction = Reconstruction(sae)
+        with_sae = self._mean_loss(hookpoint, reconstruction.add)
+        with_ablation = self._mean_loss(hookpoint, torch.zeros_like)
+        figures = reconstruction.figures()
+        if self.clean_loss is not None and with_sae is not None and with_ablation is not None:
+            lost = with_ablation - self.clean_loss
+            figures["model_performance_preservation"] = {
+                "ce_loss_score": (with_ablation - with_sae) / lost if lost else math.nan,
+                "ce_loss_with_ablation": with_ablation,
+                "ce_loss_with_sae": with_sae,
+                "ce_loss_without_sae": self.clean_loss,
+            }
+        return figures
+
+    @torch.no_grad()
+    def _mean_loss(self, hookpoint: str | None = None, fn: Callable[[Tensor], Tensor] | None = None) -> float | None:
+        """Nats per predicted token, with ``fn`` put in at ``hookpoint``; None for a model that predicts no tokens."""
+        total, predictions = 0.0, 0
+        for batch in self.data:
+            tokens = batch.tokens.to(self.device)
+            with contextlib.ExitStack() as stack:
+                if hookpoint is not None and fn is not None:
+                    stack.enter_context(self.source.replace(hookpoint, at_kept_positions(fn, batch.keep)))
+                if not self.source.model.can_generate():  # an encoder, a classifier: no next token to predict
+                    self.source.forward(tokens)
+                    continue
+                logits = self.source.logits(tokens)
+            loss, count = cross_entropy(logits, tokens)
+            total += loss
             predictions += count
-    figures = reconstruction.figures()
-    if predictions:
-        loss_of = {name: total / predictions for name, total in totals.items()}
-        lost = loss_of["with_ablation"] - loss_of["without_sae"]
-        figures["model_performance_preservation"] = {
-            "ce_loss_score": (loss_of["with_ablation"] - loss_of["with_sae"]) / lost if lost else math.nan,
-            **{f"ce_loss_{name}": value for name, value in loss_of.items()},
-        }
-    return figures
-
-
-def predicts_tokens(logits: Tensor, tokens: Tensor) -> bool:
-    """Whether a model's output is a score for every token of the vocabulary at every position."""
-    return logits.ndim == 3 and logits.shape[:2] == tokens.shape
+        return total / predictions if predictions else None
 
 
 def release_folders(root: Path, sae_id: str | None) -> list[Path]:
@@ -239,25 +250,22 @@ def run(
     root = Path(str(release))
     folders = release_folders(root, sae_id)
     device, _ = pick_device(0)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    source, prepared_for, data = None, None, None
+    # The SAEs of one run share its model and text.
+    runs: dict[str, list[Path]] = {}
     for folder in folders:
-        raw = json.loads((folder / "runner_cfg.json").read_text())
-        hookpoint = json.loads((folder / "cfg.json").read_text())["metadata"]["hook_name"]
-        if source is None or raw != prepared_for:
-            config = from_dict(raw)
-            data = batches(config, tokens)
-            names = inspect_model(config.model, [hookpoint])
-            source, prepared_for = ActivationSource(config.model, names, device, None), raw
-        assert data is not None
-        results[folder.relative_to(root).as_posix()] = figures = evaluate_sae(
-            source, SAE.load_from_disk(folder, device), hookpoint, data
-        )
-        (folder / "eval.json").write_text(json.dumps(figures, indent=1) + "\n")
+        runs.setdefault((folder / "runner_cfg.json").read_text(), []).append(folder)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for text, members in runs.items():
+        hook_of = {f: json.loads((f / "cfg.json").read_text())["metadata"]["hook_name"] for f in members}
+        evaluator = Evaluator(from_dict(json.loads(text)), list(dict.fromkeys(hook_of.values())), tokens, device)
+        for folder, hookpoint in hook_of.items():
+            figures = evaluator.evaluate(SAE.load_from_disk(folder, device), hookpoint)
+            (folder / "eval.json").write_text(json.dumps(figures, indent=1) + "\n")
+            results[folder.relative_to(root).as_posix()] = figures
     print(table(results))
 
 
-def main(release: str, *extra: object, sae_id: str | None = None, tokens: int = 131072, **unknown: Any) -> None:
+def main(release: str, *extra: object, sae_id: str | None = None, tokens: int = 65536, **unknown: Any) -> None:
     """Evaluates the SAEs of a release on text that was held out of their training.
 
     Args:

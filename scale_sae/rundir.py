@@ -33,8 +33,8 @@ def lock(run_dir: Path) -> IO[str]:
     return handle
 
 
-def prepare(config: RunConfig) -> None:
-    """Checks that ``output_dir`` is new or holds this very run, and writes the resolved config into it.
+def check(config: RunConfig) -> None:
+    """Checks that ``output_dir`` is new or holds this very run.
 
     One rank calls it, holding the lock. ``UserError`` names the first keys that differ from the run in the folder.
     """
@@ -50,9 +50,14 @@ def prepare(config: RunConfig) -> None:
         )
     elif checkpoint.complete(run_dir):
         raise UserError(f"output_dir: {run_dir} holds checkpoints but no {CONFIG}; choose another folder")
+
+
+def record(config: RunConfig) -> None:
+    """Writes the resolved config into ``output_dir`` and drops an old request to stop. One rank calls it."""
+    run_dir = Path(config.output_dir)
     aside = run_dir / f".{CONFIG}"
     aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    aside.rename(path)
+    aside.rename(run_dir / CONFIG)
     (run_dir / STOP).unlink(missing_ok=True)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import IO, Any, TypeVar
 import fire
 import torch
 import torch.distributed as dist
+import transformers
 
 from scale_sae import checkpoint, rundir, topology
 from scale_sae.activations.schedule import Schedule, schedule
@@ -94,34 +96,30 @@ class Run:
         return self.place.store.check(["stopping"])
 
     def open_run_dir(self) -> Path | None:
-        """Locks and checks ``output_dir``; returns the checkpoint to go on from."""
+        """Locks and checks ``output_dir``, leaving in it what there is; returns the checkpoint to go on from."""
 
         def take() -> None:
             if self.is_main:
                 self.held = rundir.lock(self.run_dir)
-                rundir.prepare(self.config)
+                rundir.check(self.config)
 
         agree(take)
         nonce = [f".shared_{uuid.uuid4().hex}"]
         if self.is_main:
             (self.run_dir / nonce[0]).touch()
         dist.broadcast_object_list(nonce, 0)
-        agree(lambda: rundir.check_shared(self.run_dir, nonce[0]))
+        try:
+            agree(lambda: rundir.check_shared(self.run_dir, nonce[0]))
+        finally:
+            if self.is_main:
+                (self.run_dir / nonce[0]).unlink()
 
         def join(problems: list[str]) -> list[str]:
             lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(lists, problems)
             return [line for part in lists for line in part]
 
-        found = rundir.find_checkpoint(self.config, (self.place.rank, dist.get_world_size()), join, self.say)
-        dist.barrier()
-        if self.is_main:
-            (self.run_dir / nonce[0]).unlink()
-            if found is not None and found.parent == self.run_dir / "checkpoints":
-                rundir.set_aside_newer(self.run_dir, found)
-        if found is not None:
-            self.say(f"going on from {found}")
-        return found
+        return rundir.find_checkpoint(self.config, (self.place.rank, dist.get_world_size()), join, self.say)
 
     def train(self) -> None:
         """The whole run. ``UserError`` on every rank if the text ended early."""
@@ -135,6 +133,8 @@ class Run:
         def prepare() -> tuple[Any, ActivationSource | None, Trainer | None]:
             chunks, source, trainer = None, None, None
             if runs_lm:
+                # One bar per rank says nothing; the training bar follows.
+                transformers.utils.logging.disable_progress_bar()
                 chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
                 source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh)
             if self.place.group is not None:
@@ -144,6 +144,7 @@ class Run:
             return chunks, source, trainer
 
         chunks, source, trainer = agree(prepare)
+        self._begin(found)
         forwarded: Sender | ColocatedExchange | None
         if trainer is None:
             assert source is not None
@@ -155,8 +156,18 @@ class Run:
         else:
             forwarded = ColocatedExchange(self.place, self.widths, self.schedule, self.dtype, start, chunks, source)
             self._train_saes(trainer, forwarded)
+        self._wait_for_all()
         self._summarise(trainer, source, forwarded)
         agree(lambda: self._check_text(trainer))
+
+    def _begin(self, found: Path | None) -> None:
+        """Makes the folder this run's, once nothing that the user wrote can be wrong any more."""
+        if found is not None:
+            self.say(f"going on from {found}")
+        if self.is_main:
+            rundir.record(self.config)
+            if found is not None and found.parent == self.run_dir / "checkpoints":
+                rundir.set_aside_newer(self.run_dir, found)
 
     def _train_saes(self, trainer: Trainer, stream: Stream) -> None:
         writer = None
@@ -173,6 +184,15 @@ class Run:
                 self.place.store.set("stopping", "1")
             self.say(f"stopped at step {trainer.step} as asked; the same command goes on from there")
         stream.close()
+
+    def _wait_for_all(self) -> None:
+        """LM ranks end long before the SAE ranks have used up the buffer; a signal to one of them still counts."""
+        work = dist.all_reduce(torch.zeros(1), group=self.place.control, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            self.lm_should_stop()
+            time.sleep(0.05)
+        work.wait()
 
     def _summarise(
         self, trainer: Trainer | None, source: ActivationSource | None, forwarded: Sender | ColocatedExchange | None
@@ -208,7 +228,12 @@ class Run:
 
 def report_fault(store: topology.Store, rank: int, message: str) -> None:
     """Prints why the run ends, unless another rank was first: its end is then the cause of this one's."""
-    if store.compare_set("fault", "", str(rank)).decode() == str(rank):
+    try:
+        first = store.compare_set("fault", "", str(rank)).decode()
+    except dist.DistError:
+        # Without a launcher's store, rank 0 holds it. It has ended, so it was not this rank that was first.
+        return
+    if first == str(rank):
         print(message, file=sys.stderr, flush=True)
 
 
@@ -226,25 +251,23 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     rank, world_size, local_rank = topology.world_from_environment()
     # Cluster schedulers send SIGTERM to every process; the handler is there before anything slow begins.
     stop = Stop()
-    try:
-        config = read_config(path, extra, overrides)
-        topology.check_world_size(config.topology, world_size, str(path))
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     device, backend = topology.pick_device(local_rank)
+    # Before the config is read: a launcher ends every rank once one has failed, also one that is not yet up to say why.
     store = topology.connect(rank, world_size, backend)
+    before = ""
     try:
+        config = agree(lambda: read_config(path, extra, overrides))
+        agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
         widths, specs = agree(lambda: resolve(config))
         planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
         place = topology.build(planned, rank, device, backend, store)
+        before = "\n"  # the main process may be in the middle of its progress bar's line
         Run(config, place, specs, widths, stop).train()
     except UserError as error:
-        report_fault(store, rank, f"error: {error}")
+        report_fault(store, rank, f"{before}error: {error}")
         return 1
     except Exception:
-        report_fault(store, rank, f"error on rank {rank}:\n{traceback.format_exc()}")
+        report_fault(store, rank, f"{before}error on rank {rank}:\n{traceback.format_exc()}")
         return 1
     dist.barrier()
     dist.destroy_process_group()

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 (imported before the ranks are forked, so that each need not)
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
 import yaml
 from harness import run_ranks
 from safetensors.torch import load_file
@@ -155,20 +157,22 @@ def finish(process: subprocess.Popen[str], timeout: float = 180) -> tuple[int, s
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*rank_pids(process), process.pid]:
+            os.kill(pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"the launch did not end within {timeout} s\n{output[-3000:]}") from None
     return process.returncode, output
 
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:
-    """The ranks' process ids, in rank order."""
+    """The ranks' process ids, in rank order: children of the launcher, each in a session of its own."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            if os.getpgid(int(entry.name)) != process.pid:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent != process.pid:
                 continue
             variables = dict(part.split("=", 1) for part in (entry / "environ").read_text().split("\0") if "=" in part)
         except (ProcessLookupError, FileNotFoundError):

@@ -94,6 +94,8 @@ def test_files_are_plain_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ours.keys() == whole_tensors().keys()
     for name, tensor in part(whole_tensors(), 6, ROWS).items():
         assert torch.equal(ours[name], tensor), name
+    with tensorfile.Reader(folder / "rows_0000000006_0000000024.safetensors") as reader:
+        assert all(entry.offset % entry.dtype.itemsize == 0 for entry in reader.entries.values())
     theirs = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file(whole_tensors(), theirs, metadata={"made": "elsewhere"})
     with tensorfile.Reader(theirs) as reader:

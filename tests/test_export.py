@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fire
 import made_up_run
 import pytest
 import sae_lens
@@ -122,7 +123,7 @@ def test_dtype_of_the_release(tmp_path: Path) -> None:
 
 
 def test_a_release_is_rounded_once(tmp_path: Path) -> None:
-    """bfloat16 weights released as float32 are the nearest float32 to the fold, which is not rounded to bfloat16 first."""
+    """bfloat16 weights released as float32 are the nearest float32 to the fold, not rounded to bfloat16 first."""
     save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "bfloat16"}])
     consolidate(tmp_path / "run", tmp_path / "out", dtype="float32")
     weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
@@ -328,8 +329,6 @@ def command_line(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_a_wrong_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    import fire
-
     save_run(tmp_path / "run")
     arguments, message = WRONG_INPUTS[case]
     with pytest.raises(SystemExit) as stopped:
@@ -348,5 +347,9 @@ def test_the_command(tmp_path: Path) -> None:
     failed = command_line(str(tmp_path / "run"), "--out", str(tmp_path / "run"))
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.startswith("error: --out") and failed.stderr.count("\n") == 1
-    shown = command_line("--help")
-    assert shown.returncode == 0 and "--out DIR [--step N] [--dtype D]" in shown.stdout
+
+
+def test_help_prints_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    fire.Fire(main, command=["--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("RUN_DIR --out DIR [--step N] [--dtype D]", "step: ", "dtype: "))

@@ -69,11 +69,17 @@ def source(model: ModelConfig, patterns: list[str]) -> ActivationSource:
 
 class TestInspection:
     def test_widths_in_model_order(self) -> None:
-        patterns = ["model.layers.*.mlp.act_fn", "model.layers.1.self_attn.o_proj:in", "model.layers.*"]
+        patterns = [
+            "model.layers.*.mlp.act_fn",
+            "model.layers.1.self_attn.o_proj:in",
+            "model.layers.*",
+            "model.layers.1:in",
+        ]
         found = inspect_model(EMBEDDED, patterns)
         assert list(found.items()) == [
             ("model.layers.0", 256),
             ("model.layers.0.mlp.act_fn", 640),
+            ("model.layers.1:in", 256),
             ("model.layers.1", 256),
             ("model.layers.1.self_attn.o_proj:in", 256),
             ("model.layers.1.mlp.act_fn", 640),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, ViTConfig
 
-from scale_sae.activations import tokens as tokens_module
 from scale_sae.activations.tokens import (
     DOCUMENTS_PER_BATCH,
     Chunk,
@@ -23,6 +23,7 @@ from scale_sae.activations.tokens import (
     TextChunks,
     held_out_contexts,
     is_held_out,
+    load_tokenizer,
     open_chunks,
 )
 from scale_sae.config import DataConfig, ModelConfig
@@ -54,12 +55,14 @@ def contexts(chunks: Iterable[Chunk]) -> Tensor:
     return torch.cat([chunk.tokens for chunk in chunks])
 
 
+@cache
+def byte_tokenizer() -> Any:
+    return load_tokenizer(MODEL, DataConfig())
+
+
 def byte_ids(text: str) -> list[int]:
-    return open_tokenizer()(text, add_special_tokens=False)["input_ids"]
-
-
-def open_tokenizer() -> Any:
-    return tokens_module.load_tokenizer(MODEL, DataConfig())
+    ids: list[int] = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def assert_same(found: list[Chunk], wanted: list[Chunk]) -> None:

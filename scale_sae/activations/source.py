@@ -97,7 +97,7 @@ class ActivationSource:
 
         handles = [attach(self.model, hookpoint, take(hookpoint)) for hookpoint in self.hookpoints]
         try:
-            self._forward(inputs)
+            self.forward(inputs)
         except _Captured:
             pass
         finally:
@@ -124,10 +124,12 @@ class ActivationSource:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """The logits of a full forward, ``[n, context, vocabulary]`` of a language model."""
-        logits: Tensor = _arrived(self._forward(inputs).logits)
+        logits: Tensor = _arrived(self.forward(inputs).logits)
         return logits
 
-    def _forward(self, inputs: Tensor) -> Any:
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Any:
+        """A full forward; returns transformers' output object."""
         dtype = self.dtype if inputs.is_floating_point() else inputs.dtype
         return self.model(**{self._input_name: inputs.to(self.device, dtype)})
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from scale_sae.errors import UserError
@@ -76,22 +76,3 @@ def parallelize(network: "PreTrainedModel", mesh: DeviceMesh, name: str) -> None
     styles = parallel_styles(network, mesh.size(), name)
     # Without a source rank nothing is sent: every rank cuts its shard out of the weights that it has.
     parallelize_module(network, mesh, styles, src_data_rank=None)
-    for module in network.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                _own_memory(module, key, parameter)
-
-
-def _own_memory(module: nn.Module, key: str, parameter: DTensor) -> None:
-    """Replace a shard that is a view of the whole weight by a copy, so that the whole can be freed."""
-    local = parameter.to_local()
-    if local.untyped_storage().nbytes() > local.nbytes:
-        copy = DTensor.from_local(
-            local.clone(),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        setattr(module, key, nn.Parameter(copy, requires_grad=False))

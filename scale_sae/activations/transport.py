@@ -158,7 +158,9 @@ def produce(
     mine = own_chunks(chunks, sender.replica, len(topology.plan.lm), schedule, start)
     while True:
         item: list[tuple[Chunk, int] | None] = [None]
-        if reads and not stop_asked():
+        # Every rank asks, since any may have got the signal; what the reading one says counts.
+        stop = stop_asked()
+        if reads and not stop:
             item = [next(mine, None)]
         dist.broadcast_object_list(item, ranks[0], group=topology.lm_control)
         if item[0] is None:

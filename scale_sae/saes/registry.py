@@ -1,5 +1,6 @@
 """The architectures that a config file can name, and the check of their options."""
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,7 +28,9 @@ def training_class(architecture: str) -> type[TrainingSAE]:
     return _lookup(architecture, "architecture")[0]
 
 
-def training_config(architecture: str, d_in: int, options: dict[str, Any], key: str) -> Any:
+def training_config(
+    architecture: str, d_in: int, options: dict[str, Any], key: str, entry_keys: Iterable[str] = ()
+) -> Any:
     """The checked config of one SAE.
 
     Args:
@@ -35,6 +38,7 @@ def training_config(architecture: str, d_in: int, options: dict[str, Any], key: 
         d_in: width of the SAE's hookpoint. It is no option, though ``options`` may repeat it.
         options: the entry's values, ``d_sae`` among them.
         key: where the entry stands in the config file, such as ``saes.0``, for error messages.
+        entry_keys: what else an entry may hold; an unknown option may be one of these misspelt.
 
     Returns:
         An instance of the architecture's config class.
@@ -49,9 +53,8 @@ def training_config(architecture: str, d_in: int, options: dict[str, Any], key: 
     for name, value in values.items():
         if name not in known:
             valid = ", ".join(sorted(known.keys() - {"d_in"}))
-            raise UserError(
-                f"{key}.{name}: not an option of {architecture}{nearest(name, known)}; its options are {valid}"
-            )
+            hint = nearest(name, [*known, *entry_keys])
+            raise UserError(f"{key}.{name}: not an option of {architecture}{hint}; its options are {valid}")
         if not _fits(value, hints[name]):
             raise UserError(f"{key}.{name}: {value!r} must be {_describe(hints[name])}")
     for name, field in known.items():

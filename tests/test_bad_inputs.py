@@ -1,0 +1,387 @@
+"""Wrong inputs: one clear line from one rank, exit code 1 on every rank, no hang, and nothing overwritten."""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from scale_sae import checkpoint, config, jobs, rundir, train
+from scale_sae.activations.tokens import open_chunks
+from scale_sae.embedded import MODEL_FOLDER
+
+# A run that ends takes 1 to 3 s; the rest is for a busy machine. A rank that waits for a lost one waits an hour.
+TIMEOUT = 60
+PROGRESS = ("training:", "Loading weights:")
+THREE_RANKS = {"lm": {"tp": 1}, "sae": {"tp": 2}}
+
+
+@dataclass
+class Ended:
+    """What the ranks of a run left: exit codes and all that they printed, in rank order."""
+
+    codes: list[int | None]
+    printed: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What they printed, but for blank lines and progress bars."""
+        lines = [line for text in self.printed for line in text.replace("\r", "\n").splitlines()]
+        return [line for line in lines if line.strip() and not line.startswith(PROGRESS)]
+
+
+def hold_store(port: Any) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    port.recv()  # until the parent ends this process
+
+
+def rank_main(rank: int, world: int, port: int, printed: Path, path: Path, overrides: dict[str, Any]) -> None:
+    out = printed.open("w", buffering=1)
+    sys.stdout = sys.stderr = out
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    faulthandler.dump_traceback_later(TIMEOUT - 2, file=out)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    train.main(str(path), **overrides)
+
+
+def end_of(path: Path, world: int, overrides: dict[str, Any] | None = None) -> Ended:
+    """Runs the command ``train`` on ``world`` forked ranks, which end as the command does, by ``os._exit``."""
+    folder = path.parent / f"printed_{time.monotonic_ns()}"
+    folder.mkdir()
+    printed = [folder / str(rank) for rank in range(world)]
+    context = multiprocessing.get_context("fork")
+    # As with torchrun, a process of its own holds the store: it outlives the ranks, and this one stays without threads.
+    ours, theirs = context.Pipe()
+    host = context.Process(target=hold_store, args=(theirs,))
+    host.start()
+    port = ours.recv()
+    ranks: list[BaseProcess] = [
+        context.Process(target=rank_main, args=(rank, world, port, printed[rank], path, overrides or {}))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in [*ranks, host]:
+        process.kill()
+        process.join()
+    texts = [file.read_text() for file in printed]
+    assert None not in codes, f"exit codes after {TIMEOUT} s: {codes}\n" + "\n".join(texts)
+    return Ended(codes, texts)
+
+
+def check_refused(ended: Ended, words: list[str], said: list[str] | None = None) -> None:
+    """Every rank failed and one line was printed, with ``words`` in it; before it came those in ``said``."""
+    assert ended.codes == [1] * len(ended.codes), ended.printed
+    *notes, line = sorted(ended.lines, key=lambda line: line.startswith("error"))
+    assert notes == (said or [])
+    assert line.startswith("error: ") and [word for word in words if word not in line] == [], line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def short_config(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run of 8 steps with a checkpoint after 4."""
+    changes = {
+        "model": {"name": "embedded"},
+        "saes": [{"d_sae": 64, "k": 4}],
+        "train": {"training_tokens": 8 * 128, "train_batch_size_tokens": 128, "lr": 1e-3},
+        "checkpoint": {"every_steps": 4},
+        "topology": THREE_RANKS,
+        **changes,
+    }
+    return runs.tiny_config(folder, **changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What every rank would import and build by itself: forked ranks have it from the start."""
+    folder = tmp_path_factory.mktemp("loaded")
+    jobs.resolve(config.load(runs.write_config(folder, short_config(folder))))
+
+
+# ---- before anything is trained --------------------------------------------------------------------------------------
+
+NESTED = [
+    {"d_sae": 64, "k": 4, "hookpoints": ["model.layers.*"]},
+    {"d_sae": 64, "k": 4, "hookpoints": ["model.layers.1"]},
+]
+# name → (dotted keys, what the line must tell)
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown key": ({"train.lr_warmup_steps": 5}, ["train.lr_warmup_steps", "5", "lr_warm_up_steps"]),
+    "key without its section": ({"lr": 1e-3}, ["lr: unknown key", "train.lr"]),
+    "wrong type": ({"train.lr": "fast"}, ["train.lr", "'fast'", "a number"]),
+    "k above d_sae": ({"saes.0.k": 65}, ["saes.0.k", "65", "d_sae"]),
+    "d_sae not divisible by tp": ({"saes.0.d_sae": 63}, ["saes.0.d_sae", "63", "topology.sae.tp (2)"]),
+    "another number of ranks": (
+        {"topology.sae.tp": 4},
+        ["needs 5 ranks", "3 were started", "accelerate launch", "--num_processes 5", "--config", "config.yaml"],
+    ),
+    "unknown hookpoint": (
+        {"hookpoints": ["model.layer.1"]},
+        ["hookpoints", "model.layer.1", "did you mean", "layers.1"],
+    ),
+    "pattern without a match": ({"hookpoints": ["model.blocks.*"]}, ["hookpoints", "model.blocks.*", "matches no"]),
+    "more groups than SAEs": (
+        {"topology.sae": {"groups": 2}, "hookpoints": ["model.layers.1"]},
+        ["topology.sae.groups", "2 groups for 1 SAE"],
+    ),
+    "two patterns, one sae_id": ({"saes": NESTED}, ["saes.1.name", "model.layers.1", "saes.0"]),
+    "two patterns, one sae_id with a name": (
+        {"saes": [{**entry, "name": "a"} for entry in NESTED]},
+        ["saes.1.name", "'a'", "model.layers.1/a", "saes.0"],
+    ),
+    "a named SAE inside an unnamed one": (
+        {"saes": [NESTED[0], {**NESTED[1], "name": "a"}]},
+        ["saes.1.name", "'a'", "model.layers.1", "saes.0"],
+    ),
+    "an unnamed SAE around a named one": (
+        {"saes": [{**NESTED[0], "name": "a"}, NESTED[1]]},
+        ["saes.1.name", "model.layers.1/a", "saes.0"],
+    ),
+    "LM tp that does not divide": (
+        {"topology": {"lm": {"tp": 3}, "sae": {"tp": 1}}},
+        ["topology.lm.tp: 3", "num_attention_heads", "use a divisor of"],
+    ),
+    "misspelt train key of an SAE": ({"saes.0.lrr": 1e-3}, ["saes.0.lrr", "did you mean", "lr"]),
+    "misspelt own key of an SAE": (
+        {"saes.0.hookpoint": "model.layers.0"},
+        ["saes.0.hookpoint", "did you mean hookpoints"],
+    ),
+    "misspelt option of an SAE": ({"saes.0.aux_loss_coeficient": 1}, ["saes.0", "did you mean aux_loss_coefficient"]),
+    "unknown architecture": ({"saes.0.architecture": "topkk"}, ["saes.0.architecture", "topkk", "did you mean topk"]),
+    "missing model": ({"model.name": "./no/model"}, ["model.name", "./no/model", "cannot be loaded"]),
+    "missing model on the hub": (
+        {"model.name": "nobody/nothing"},
+        ["model.name", "nobody/nothing", "cannot be loaded"],
+    ),
+    "missing dataset": ({"data.dataset": "./no/texts"}, ["data.dataset", "./no/texts"]),
+    "missing dataset on the hub": ({"data.dataset": "nobody/nothing"}, ["data.dataset", "nobody/nothing"]),
+    "missing split": ({"data.split": "test"}, ["data.split: test"]),
+    "missing column": ({"data.column": "body"}, ["data.column: body", "text"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_training(name: str, tmp_path: Path) -> None:
+    overrides, words = REFUSED[name]
+    tree = short_config(tmp_path)
+    path = runs.write_config(tmp_path, tree)
+    world = 4 if "LM tp" in name else 3
+    check_refused(end_of(path, world, overrides), words)
+    # No trace but the lock of a folder that was free: corrected, the run starts there as if nothing had been.
+    assert set(contents(tmp_path / "run")) <= {".lock"}
+    assert set(contents(tmp_path / "run")) == ({".lock"} if "data." in words[0] else set())
+
+
+def test_refused_without_a_readable_config(tmp_path: Path) -> None:
+    check_refused(end_of(tmp_path / "none.yaml", 2), ["none.yaml", "cannot be read"])
+    (tmp_path / "broken.yaml").write_text("saes: [\n")
+    check_refused(end_of(tmp_path / "broken.yaml", 2), ["broken.yaml", "YAML"])
+
+
+def test_refused_output_dir_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    path = runs.write_config(tmp_path, short_config(tmp_path, output_dir=str(tmp_path / "file/run")))
+    check_refused(end_of(path, 3), ["output_dir", str(tmp_path / "file/run"), "cannot be written"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- a folder that holds a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The config of a finished run, started with a wrong dataset at first; no test leaves a change in its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = runs.write_config(folder, short_config(folder))
+    assert end_of(path, 3, {"data.column": "body"}).codes == [1, 1, 1]
+    ended = end_of(path, 3)
+    assert ended.codes == [0, 0, 0] and ended.lines == [], ended.printed
+    before = contents(folder)
+    assert {"run/checkpoints/step_00000004/complete.json", "run/checkpoints/step_00000008/complete.json"} <= set(before)
+    yield path
+    assert {name: data for name, data in contents(folder).items() if not name.startswith("printed_")} == {
+        name: data for name, data in before.items() if not name.startswith("printed_")
+    }
+
+
+def moved(path: Path, folder: Path) -> Path:
+    """A copy of a run and its config in ``folder``."""
+    shutil.copytree(path.parent / "run", folder / "run")
+    tree = short_config(path.parent, output_dir=str(folder / "run"))
+    return runs.write_config(folder, tree)
+
+
+OCCUPIED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "another config": ({"train.lr": 2e-3}, ["holds a run with another config", "train.lr: 0.001 != 0.002"]),
+    "resume: never": ({"resume": "never"}, ["output_dir", "already holds a run"]),
+    "resume from nothing": ({"resume": "./no/step_00000004"}, ["resume", "no/step_00000004", "no intact checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_refused_in_the_folder_of_a_run(name: str, trained: Path) -> None:
+    overrides, words = OCCUPIED[name]
+    (trained.parent / "run/stop").touch()
+    before = contents(trained.parent / "run")
+    check_refused(end_of(trained, 3, overrides), words)
+    assert contents(trained.parent / "run") == before
+    (trained.parent / "run/stop").unlink()
+
+
+def test_refused_while_another_run_is_alive(trained: Path) -> None:
+    before = contents(trained.parent / "run")
+    with rundir.lock(trained.parent / "run"):
+        check_refused(end_of(trained, 3), ["output_dir", str(trained.parent / "run"), "in use by another run"])
+    assert contents(trained.parent / "run") == before
+
+
+def test_refused_checkpoints_of_an_unknown_config(trained: Path, tmp_path: Path) -> None:
+    path = moved(trained, tmp_path)
+    (tmp_path / "run/config.yaml").unlink()
+    before = contents(tmp_path / "run")
+    check_refused(end_of(path, 3), ["output_dir", "checkpoints but no config.yaml"])
+    assert contents(tmp_path / "run") == before
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("victim", ["saes/*/rows_0000000032_*.safetensors", "complete.json"])
+def test_a_truncated_checkpoint_is_left_out(victim: str, trained: Path, tmp_path: Path) -> None:
+    path = moved(trained, tmp_path)
+    newest, before = checkpoint.complete(tmp_path / "run")
+    truncate(next(newest.glob(victim)))
+    ended = end_of(path, 3)
+    assert ended.codes == [0, 0, 0], ended.printed
+    damaged, going_on = ended.lines
+    assert damaged.startswith("checkpoint step_00000008 is damaged and is left out: ")
+    assert going_on == f"going on from {before}"
+    state, expected = runs.sae_state(tmp_path / "run"), runs.sae_state(trained.parent / "run")
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_refused_if_every_checkpoint_is_damaged(trained: Path, tmp_path: Path) -> None:
+    path = moved(trained, tmp_path)
+    for folder in checkpoint.complete(tmp_path / "run"):
+        truncate(folder / "meta.json")
+    before = contents(tmp_path / "run")
+    ended = end_of(path, 3)
+    assert ended.codes == [1, 1, 1]
+    first, second, error = ended.lines
+    assert "step_00000008 is damaged" in first and "step_00000004 is damaged" in second
+    assert error.startswith("error: resume: no checkpoint in ")
+    assert contents(tmp_path / "run") == before
+
+
+# ---- while it trains -------------------------------------------------------------------------------------------------
+
+
+def broken_model(folder: Path, layer: int) -> str:
+    """The embedded model with a NaN in one weight of ``layer``: from there on every activation has one."""
+    shutil.copytree(MODEL_FOLDER, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.{layer}.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_nan_activations_in_one_group_end_all(tmp_path: Path) -> None:
+    """One SAE group sees NaN, the other and the LM ranks (of which tp peers only wait for each other) do not."""
+    overrides = {
+        "model.name": broken_model(tmp_path / "model", 1),
+        "topology": {"lm": {"tp": 2}, "sae": {"groups": 2}},
+        "train.training_tokens": 60 * 128,
+    }
+    path = runs.write_config(tmp_path, short_config(tmp_path))
+    words = ["hookpoints", "128 of 128", "model.layers.1", "NaN or infinite", "model.dtype"]
+    check_refused(end_of(path, 4, overrides), words)
+
+
+def test_text_that_ends_early(tmp_path: Path) -> None:
+    tree = short_config(tmp_path, topology={"lm": {"dp": 2}, "sae": {"tp": 1}})
+    tree["checkpoint"] = {"every_steps": 100}
+    runs.write_texts(Path(tree["data"]["dataset"]), 3)
+    path = runs.write_config(tmp_path, tree)
+    loaded = config.load(path)
+    rows = sum(int(chunk.keep.sum()) for chunk in open_chunks(loaded.data, loaded.model))
+    assert rows > 1024 and rows % 128
+    steps = rows // 128
+    overrides = {"train.training_tokens": 10 * rows}
+    words = ["data.dataset", f"gave {rows} rows", f"needs {10 * rows // 128 * 128}", f"all {steps} whole batches"]
+    newest = tmp_path / f"run/checkpoints/step_{steps:08d}"
+    # The same command again finds no more text.
+    for said in ([], [f"going on from {newest}"]):
+        check_refused(end_of(path, 3, overrides), words, said)
+        assert checkpoint.complete(tmp_path / "run")[0] == newest and checkpoint.verify(newest) == []
+    assert json.loads((tmp_path / "run/summary.json").read_text())["step"] == steps
+
+
+def test_text_that_cannot_be_read_far_into_the_stream(tmp_path: Path) -> None:
+    """Only one LM rank reads: its tensor-parallel peer and the SAE rank learn of it by its end."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    runs.write_texts(texts / "a.jsonl", 6)
+    (texts / "b.jsonl").write_text(json.dumps({"text": [{"not": "text"}]}) + "\n")
+    topology = {"lm": {"tp": 2}, "sae": {"tp": 1}}
+    tree = short_config(tmp_path, topology=topology)
+    tree["data"] |= {"dataset": str(texts)}
+    tree["train"] |= {"training_tokens": 1_000_000}
+    ended = end_of(runs.write_config(tmp_path, tree), 3)
+    assert ended.codes == [1, 1, 1]
+    assert len([line for line in ended.lines if line.startswith("error")]) == 1
+    assert "cast" in ended.printed[1]  # pyarrow's words for it, from the rank that read
+
+
+# ---- the same by the real launcher -----------------------------------------------------------------------------------
+
+
+def line_of_launch(path: Path, *arguments: str) -> str:
+    """The one line of a launch of 4 ranks that fails; every rank has ended."""
+    process = runs.launch(path, 4, *arguments)
+    code, output = runs.finish(process, 2 * TIMEOUT)
+    assert code != 0 and runs.rank_pids(process) == []
+    (line,) = [line for line in output.replace("\r", "\n").splitlines() if line.startswith("error")]
+    return line
+
+
+def test_launch_refuses_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 comes up last: were the others to end before, the launcher would end it before it can speak."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(3 * (os.environ.get('RANK') == '0'))\n")
+    paths = {"PYTHONPATH": f"{tmp_path}:{runs.ROOT}"}
+    environment = {**runs.environment(), **paths}
+    monkeypatch.setattr(runs, "environment", lambda: environment)
+    path = runs.write_config(tmp_path, short_config(tmp_path, topology={"lm": {"tp": 2}, "sae": {"tp": 2}}))
+    line = line_of_launch(path, "--train.lr_warmup_steps=5")
+    assert line.startswith("error: train.lr_warmup_steps: unknown key, set to 5 (did you mean lr_warm_up_steps")
+    assert not (tmp_path / "run").exists()
+
+
+def test_launch_ends_at_nan_activations(tmp_path: Path) -> None:
+    path = runs.write_config(tmp_path, short_config(tmp_path, topology={"lm": {"tp": 2}, "sae": {"tp": 2}}))
+    model = broken_model(tmp_path / "model", 0)
+    line = line_of_launch(path, f"--model.name={model}", "--train.training_tokens=100000")
+    assert line.startswith("error: hookpoints: 128 of 128 activations at model.layers.0 are NaN")
