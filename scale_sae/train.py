@@ -222,7 +222,7 @@ class Run:
             raise UserError(
                 f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows, but "
                 f"train.training_tokens needs {self.schedule.rows_needed}; all {trainer.step} whole batches were "
-                "trained and saved. Lower train.training_tokens or give more text"
+                "trained and saved. For a longer run give more text, and another output_dir"
             )
 
 

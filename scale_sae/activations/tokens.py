@@ -271,10 +271,20 @@ def _batches(
     else:
         dataset.load_state_dict(state)
     iterator = iter(dataset)
-    while values := [row[column] for row in islice(iterator, size)]:
+    while values := _read(iterator, column, size):
         yield {"dataset": state, "row": first}, values
         state, first = dataset.state_dict(), 0
     yield {"dataset": state, "row": 0}, []
+
+
+def _read(rows: Iterator[dict[str, Any]], column: str, size: int) -> list[Any]:
+    """The column's next ``size`` values or fewer; ``UserError`` where the dataset breaks off or a row is of another kind."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return [row[column] for row in islice(rows, size)]
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
+        raise UserError(f"data.dataset: reading column {column} failed: {first_line(error)}") from error
 
 
 def _open_dataset(data: DataConfig) -> "IterableDataset":
