@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -25,7 +25,7 @@ from scale_sae.activations.schedule import Schedule, schedule
 from scale_sae.activations.source import ActivationSource, kept_positions
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.activations.transport import ColocatedExchange, Receiver, Sender, Start, produce
-from scale_sae.config import RunConfig, load, to_dict
+from scale_sae.config import RunConfig, SAEEntry, load, to_dict
 from scale_sae.errors import UserError
 from scale_sae.jobs import JobSpec, resolve
 from scale_sae.metrics import MetricsWriter
@@ -274,6 +274,21 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     return 0
 
 
+def help_text() -> str:
+    """The usage and every key with its default; ``config_schema.py`` says what each means."""
+    example = RunConfig(("model.layers.1",), (SAEEntry(options={"d_sae": 2048, "k": 32}),))
+
+    def leaves(tree: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield f"  --{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}"
+
+    usage = "usage: accelerate launch ... -m scale_sae.train --config C.yaml [--dotted.key=value ...]"
+    return "\n".join([usage, "", "keys of the config and their defaults:", *leaves(to_dict(example), "")])
+
+
 def main(config: str | None = None, *extra: object, **overrides: Any) -> None:
     """Trains the SAEs of a config file; the same command goes on from the newest checkpoint.
 
@@ -281,6 +296,9 @@ def main(config: str | None = None, *extra: object, **overrides: Any) -> None:
         config: the YAML file of the run.
         overrides: any key of the config, dotted: --saes.0.k=64 --topology.sae.tp=4 --hookpoints='[model.layers.2]'
     """
+    if overrides.keys() & {"help", "h"}:  # Fire hands them over, as it does every flag that is not declared
+        print(help_text())
+        return
     code = run(config, extra, overrides)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from scale_sae import config
+from scale_sae import config, train
 from scale_sae.config import RunConfig
 from scale_sae.errors import UserError
 
@@ -343,3 +343,16 @@ def test_identity_and_differences(tmp_path: Path) -> None:
         "saes.1.lr: absent != 0.5",
         "train.lr: 0.0004 != 0.001",
     ]
+
+
+def test_help_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(help=True)
+    printed = capsys.readouterr().out
+    for words in (
+        "--config C.yaml",
+        "--train.lr=0.0004",
+        "--buffer.lanes=64",
+        "--checkpoint.keep=2",
+        "--topology.sae.tp=1",
+    ):
+        assert words in printed

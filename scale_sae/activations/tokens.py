@@ -278,7 +278,7 @@ def _batches(
 
 
 def _read(rows: Iterator[dict[str, Any]], column: str, size: int) -> list[Any]:
-    """The column's next ``size`` values or fewer; ``UserError`` where the dataset breaks off or a row is of another kind."""
+    """The column's next ``size`` values or fewer; ``UserError`` where a row cannot be read."""
     from datasets.exceptions import DatasetsError
 
     try:
