@@ -83,7 +83,15 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None, dtype: str | 
     if aside.exists():
         shutil.rmtree(aside)
     try:
-        described = [(job, metadata(folder, meta, job)) for job in meta["jobs"]]
+        healthy = []
+        for job in meta["jobs"]:
+            if has_diverged(folder, job):
+                print(f"{job['sae_id']}: has diverged during training and is not released", file=sys.stderr)
+            else:
+                healthy.append(job)
+        if not healthy:
+            raise UserError(f"{run_dir}: every SAE has diverged; train again with a lower train.lr")
+        described = [(job, metadata(folder, meta, job)) for job in healthy]
         reports = []
         for job, about in described:
             report = export_sae(folder, job, aside / checkpoint.folder_name(job["sae_id"]), about, dtype)
@@ -165,6 +173,13 @@ def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> d
         "disable_concat_sequences": False,
         **statistics,
     }
+
+
+def has_diverged(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Whether training froze the SAE because its values were no longer finite."""
+    found = {"frozen": torch.zeros((), dtype=torch.bool)}
+    checkpoint.load_replicated(checkpoint.sae_folder(folder, job["sae_id"]), found)
+    return bool(found["frozen"])
 
 
 def firing_statistics(folder: Path, job: Mapping[str, Any], dead_window: int) -> dict[str, float | int | None]:

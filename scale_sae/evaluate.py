@@ -21,12 +21,15 @@ from torch import Tensor
 
 from scale_sae.activations.source import ActivationSource, inspect_model
 from scale_sae.activations.tokens import held_out_contexts
+from scale_sae.collectives import NonFiniteError
 from scale_sae.config import RunConfig, from_dict
 from scale_sae.errors import UserError, nearest
 from scale_sae.saes.inference import SAE
 from scale_sae.topology import pick_device
+from scale_sae.trainer import weigh_rows
 
 CONTEXTS_PER_BATCH = 16
+ROWS_PER_PART = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,17 @@ class Reconstruction:
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> Tensor:
-        """Counts the rows ``x [n, d_in]`` and returns their reconstruction."""
+        """Counts the rows ``x [n, d_in]`` and returns their reconstruction.
+
+        Rows that training leaves out (not finite, or far above the usual norm) are not counted and stay as they are.
+        """
+        usable = weigh_rows(x)[1] > 0
+        out = x.clone()
+        # In parts: the dense activations of a wide SAE are large.
+        out[usable] = torch.cat([self._add(part) for part in x[usable].split(ROWS_PER_PART)]).to(x.dtype)
+        return out
+
+    def _add(self, x: Tensor) -> Tensor:
         acts = self.sae.encode(x)
         x_hat = self.sae.decode(acts)
         wide, wide_hat = x.double(), x_hat.double()
@@ -61,7 +74,7 @@ class Reconstruction:
         self.outer += wide.T @ wide
         active = acts > 0
         self.fired += active.sum(0)
-        self.l0_max = max(self.l0_max, int(active.sum(1).max()))
+        self.l0_max = max([self.l0_max, *active.sum(1).tolist()])
         self.totals += torch.stack(
             [
                 (wide - wide_hat).square().sum(),
@@ -70,7 +83,7 @@ class Reconstruction:
                 wide_hat.norm(dim=1).sum(),
                 (wide * wide_hat).sum(),
                 wide_hat.square().sum(),
-                acts.double().sum(),
+                acts.sum(dtype=torch.float64),
             ]
         )
         return x_hat
@@ -240,11 +253,16 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def run(
-    release: object, extra: tuple[object, ...], sae_id: str | None, tokens: object, unknown: dict[str, Any]
+    release: object,
+    extra: tuple[object, ...],
+    sae_id: str | None,
+    tokens: object,
+    unknown: dict[str, Any],
+    trust_remote_code: bool = False,
 ) -> None:
     if extra or unknown:
         word = extra[0] if extra else f"--{next(iter(unknown))}"
-        raise UserError(f"{word}: no argument of evaluate; it takes DIR, --sae_id and --tokens")
+        raise UserError(f"{word}: no argument of evaluate; it takes DIR, --sae_id, --tokens, --trust_remote_code")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise UserError(f"--tokens: {tokens!r} must be a positive integer")
     root = Path(str(release))
@@ -255,26 +273,48 @@ def run(
     for folder in folders:
         runs.setdefault((folder / "runner_cfg.json").read_text(), []).append(folder)
     results: dict[str, dict[str, dict[str, float]]] = {}
+    not_finite: list[str] = []
     for text, members in runs.items():
         hook_of = {f: json.loads((f / "cfg.json").read_text())["metadata"]["hook_name"] for f in members}
-        evaluator = Evaluator(from_dict(json.loads(text)), list(dict.fromkeys(hook_of.values())), tokens, device)
+        config = from_dict(json.loads(text))
+        if config.model.trust_remote_code and not trust_remote_code:
+            # A release may be anybody's: what its config says is no consent.
+            raise UserError(
+                f"--trust_remote_code: the release asks to run code that comes with the model {config.model.name}; "
+                "pass this flag if you trust it"
+            )
+        evaluator = Evaluator(config, list(dict.fromkeys(hook_of.values())), tokens, device)
         for folder, hookpoint in hook_of.items():
-            figures = evaluator.evaluate(SAE.load_from_disk(folder, device), hookpoint)
+            try:
+                figures = evaluator.evaluate(SAE.load_from_disk(folder, device), hookpoint)
+            except NonFiniteError:
+                not_finite.append(folder.relative_to(root).as_posix())
+                continue
             (folder / "eval.json").write_text(json.dumps(figures, indent=1) + "\n")
             results[folder.relative_to(root).as_posix()] = figures
     print(table(results))
+    if not_finite:
+        raise UserError(f"{', '.join(not_finite)}: some activations are NaN or infinite, so there are no figures")
 
 
-def main(release: str, *extra: object, sae_id: str | None = None, tokens: int = 65536, **unknown: Any) -> None:
+def main(
+    release: str,
+    *extra: object,
+    sae_id: str | None = None,
+    tokens: int = 65536,
+    trust_remote_code: bool = False,
+    **unknown: Any,
+) -> None:
     """Evaluates the SAEs of a release on text that was held out of their training.
 
     Args:
         release: the folder that scale_sae.consolidate wrote.
         sae_id: one SAE's folder in it; all of them if not given.
         tokens: held-out tokens to evaluate on, at most.
+        trust_remote_code: run code that comes with the model, if the release asks for it.
     """
     try:
-        run(release, extra, sae_id, tokens, unknown)
+        run(release, extra, sae_id, tokens, unknown, trust_remote_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

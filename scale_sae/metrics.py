@@ -21,6 +21,8 @@ def reconstruction_metrics(x: Tensor, x_hat: Tensor, weights: Tensor) -> dict[st
 
     ``weights`` is ``[B]`` of zeros and ones. Formula: SAELens 6.54's ``explained_variance``.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, x_hat, weights = x.to(wide), x_hat.to(wide), weights.to(wide)
     count = weights.sum().clamp(min=1)
     mean = (x * weights[:, None]).sum(0) / count
     residual = ((x - x_hat).square().sum(1) * weights).sum()
@@ -113,10 +115,11 @@ def _truncate(path: Path, step: int) -> None:
     """Drops the lines after ``step``: a resumed run writes them again."""
     if not path.exists():
         return
-    # A killed run may leave half a line at the end.
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+    aside = path.with_name(f".{path.name}")
+    with path.open() as old, aside.open("w") as new:
+        # A killed run may leave half a line at the end.
+        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+    aside.replace(path)
 
 
 def to_floats(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,13 @@ def lock(run_dir: Path) -> IO[str]:
         raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(
             f"output_dir: {run_dir} is in use by another run; wait for it or choose another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {run_dir} cannot be locked ({error.strerror}); mount it with file locks (Lustre: -o flock)"
         ) from None
     return handle
 
@@ -40,6 +45,11 @@ def check(config: RunConfig) -> None:
     """
     run_dir = Path(config.output_dir)
     path = run_dir / CONFIG
+    if config.resume not in ("auto", "never") and Path(config.resume).resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"resume: {config.resume} lies in output_dir; set resume: auto to go on from its newest checkpoint, or "
+            "choose another output_dir to branch off an older one"
+        )
     if path.exists():
         if config.resume == "never":
             raise UserError(
@@ -53,18 +63,18 @@ def check(config: RunConfig) -> None:
 
 
 def record(config: RunConfig) -> None:
-    """Writes the resolved config into ``output_dir`` and drops an old request to stop. One rank calls it."""
+    """Writes the resolved config into ``output_dir``. One rank calls it."""
     run_dir = Path(config.output_dir)
     aside = run_dir / f".{CONFIG}"
     aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     aside.rename(run_dir / CONFIG)
-    (run_dir / STOP).unlink(missing_ok=True)
 
 
 def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[Path], where: str) -> None:
     """``UserError`` unless ``config`` is the run ``saved`` (a plain resolved config) in all that decides its result.
 
-    ``training_tokens`` may grow as long as no learning rate depends on where the run ends.
+    ``training_tokens`` may grow as long as no learning rate depends on where the run ends. Rows then come in another
+    order than in a run of that length from the start where the old one had begun to use up its buffer.
     """
     old = from_dict(saved)
     found = differences(identity(old), identity(config))
@@ -102,6 +112,8 @@ def find_checkpoint(
 ) -> Path | None:
     """The newest intact checkpoint to go on from, the same on all ranks; None for a new run.
 
+    A checkpoint that ``resume`` names starts a run; once the run has checkpoints of its own, it goes on from those.
+
     Args:
         share: (rank, world size): every rank checks its share of the files.
         agree: joins the ranks' lists of problems, so that all take the same decision.
@@ -112,15 +124,15 @@ def find_checkpoint(
     """
     if config.resume == "never":
         return None
-    if config.resume != "auto":
+    run_dir = Path(config.output_dir)
+    candidates = checkpoint.complete(run_dir)
+    if config.resume != "auto" and not candidates:
         folder = Path(config.resume)
         problems = agree(checkpoint.verify(folder, share))
         if problems:
             raise UserError(f"resume: {folder} is no intact checkpoint: {problems[0]}")
         check_same_run(config, checkpoint.read_meta(folder)["config"], [folder], str(folder))
         return folder
-    run_dir = Path(config.output_dir)
-    candidates = checkpoint.complete(run_dir)
     for folder in candidates:
         problems = agree(checkpoint.verify(folder, share))
         if not problems:
@@ -135,4 +147,6 @@ def set_aside_newer(run_dir: Path, chosen: Path) -> None:
     """Renames the damaged checkpoints newer than ``chosen``, so that they no longer count among the ones to keep."""
     for folder in checkpoint.complete(run_dir):
         if checkpoint.step_of(folder) > checkpoint.step_of(chosen):
-            folder.rename(folder.with_name(f"damaged_{folder.name}"))
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)

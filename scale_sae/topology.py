@@ -20,6 +20,8 @@ from scale_sae.errors import UserError
 
 # Long, because a slow dataset or a first compilation is no fault; a lost rank is noticed by its closed connection.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+# LM ranks are done long before the SAE ranks have used up the buffer, and wait for them at the end.
+CONTROL_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,13 @@ class Topology:
 
     ``control`` and ``sae_control`` carry small CPU messages (gloo). ``data`` and ``header`` are keyed by
     (LM replica, SAE group) in a dedicated run; in a colocated run the one key is (0, 0) and spans the world.
+    ``wire`` is the device of what ``data`` carries: the CPU where gloo does, which sends nothing from a GPU.
     """
 
     plan: Plan
     rank: int
     device: torch.device
+    wire: torch.device
     store: Store
     control: dist.ProcessGroup
     sae_control: dist.ProcessGroup | None
@@ -208,14 +212,16 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
     """
     made: list[tuple[tuple[int, ...], dist.ProcessGroup]] = []
 
-    def group(ranks: Sequence[int], kind: str) -> dist.ProcessGroup | None:
-        handle = dist.new_group(list(ranks), backend=kind, timeout=COLLECTIVE_TIMEOUT)
+    def group(
+        ranks: Sequence[int], kind: str, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
+    ) -> dist.ProcessGroup | None:
+        handle = dist.new_group(list(ranks), backend=kind, timeout=timeout)
         if rank not in ranks:
             return None
         made.append((tuple(ranks), handle))
         return handle
 
-    control = group(range(plan.world_size), "gloo")
+    control = group(range(plan.world_size), "gloo", CONTROL_TIMEOUT)
     assert control is not None
     sae_control = group(plan.sae_ranks, "gloo")
     shard = Shard()
@@ -239,7 +245,19 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
     for _, handle in made:
         dist.all_reduce(torch.zeros(1, device=device if handle.name() == "nccl" else "cpu"), group=handle)
     return Topology(
-        plan, rank, device, store, control, sae_control, plan.group_of(rank), shard, lm_mesh, lm_control, data, header
+        plan=plan,
+        rank=rank,
+        device=device,
+        wire=torch.device("cpu") if backend == "gloo" else device,
+        store=store,
+        control=control,
+        sae_control=sae_control,
+        group=plan.group_of(rank),
+        shard=shard,
+        lm_mesh=lm_mesh,
+        lm_control=lm_control,
+        data=data,
+        header=header,
     )
 
 

@@ -102,6 +102,8 @@ class Run:
             if self.is_main:
                 self.held = rundir.lock(self.run_dir)
                 rundir.check(self.config)
+                # Of an earlier launch; one that comes from now on, while the model loads, counts.
+                (self.run_dir / rundir.STOP).unlink(missing_ok=True)
 
         agree(take)
         nonce = [f".shared_{uuid.uuid4().hex}"]
@@ -166,7 +168,7 @@ class Run:
             self.say(f"going on from {found}")
         if self.is_main:
             rundir.record(self.config)
-            if found is not None and found.parent == self.run_dir / "checkpoints":
+            if found is not None and found.parent.resolve() == (self.run_dir / "checkpoints").resolve():
                 rundir.set_aside_newer(self.run_dir, found)
 
     def _train_saes(self, trainer: Trainer, stream: Stream) -> None:
@@ -251,6 +253,8 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     rank, world_size, local_rank = topology.world_from_environment()
     # Cluster schedulers send SIGTERM to every process; the handler is there before anything slow begins.
     stop = Stop()
+    # Without it cuBLAS may add in another order from run to run; it must be set before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, backend = topology.pick_device(local_rank)
     # Before the config is read: a launcher ends every rank once one has failed, also one that is not yet up to say why.
     store = topology.connect(rank, world_size, backend)
@@ -263,13 +267,13 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
         place = topology.build(planned, rank, device, backend, store)
         before = "\n"  # the main process may be in the middle of its progress bar's line
         Run(config, place, specs, widths, stop).train()
+        dist.barrier(group=place.control)
     except UserError as error:
         report_fault(store, rank, f"{before}error: {error}")
         return 1
     except Exception:
         report_fault(store, rank, f"{before}error on rank {rank}:\n{traceback.format_exc()}")
         return 1
-    dist.barrier()
     dist.destroy_process_group()
     return 0
 

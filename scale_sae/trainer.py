@@ -31,6 +31,8 @@ from scale_sae.topology import Topology
 OUTLIER_RATIO = 10.0
 # The share of non-finite rows that ends a run: more is no accident of one position but a broken model or dtype.
 NON_FINITE_LIMIT = 1e-3
+# A share is only meaningful of so many rows: a handful in the first batch may stay the only ones.
+NON_FINITE_ROWS = 100_000
 # After this many skipped updates an SAE is taken for diverged and is not trained on.
 SKIP_LIMIT = 100
 
@@ -102,20 +104,20 @@ class JobTrainer:
         return self._metrics(output, weights, grad_norm, dead)
 
     def _count(self, output: TrainStepOutput, weights: Tensor) -> None:
-        rows = weights.sum().to(torch.int64)
+        rows = (weights > 0).sum()  # not the sum of weights, which bfloat16 would round
         self.tokens_since_fired += rows
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         self.fired_count += output.fire_counts
         self.window_tokens += rows
 
     def _metrics(self, output: TrainStepOutput, weights: Tensor, grad_norm: Tensor, dead: Tensor) -> dict[str, Tensor]:
-        count = weights.sum().clamp(min=1)
+        usable = weights > 0
         sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum()]))
         return {
             "losses/overall_loss": output.loss,
             **{f"losses/{name}": value for name, value in output.losses.items()},
             **reconstruction_metrics(output.sae_in, output.sae_out, weights),
-            "metrics/l0": (output.l0 * weights).sum() / count,
+            "metrics/l0": (output.l0 * usable).sum() / usable.sum().clamp(min=1),
             **{f"metrics/{name}": value for name, value in output.metrics.items()},
             "sparsity/dead_features": sums[0],
             "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
@@ -179,7 +181,7 @@ class Trainer:
         self.reported: list[str] = []
         # Whether the text gave fewer rows than the run needs.
         self.text_ended = False
-        # Rows that were left out since the run was launched: [non-finite, outliers] per hookpoint.
+        # Rows that were left out so far: [non-finite, outliers] per hookpoint.
         self.left_out = {name: torch.zeros(2, dtype=torch.int64, device=topology.device) for name in own_widths}
         self.launched_at_step = 0
         self.clock = (time.monotonic(), 0)
@@ -310,11 +312,11 @@ class Trainer:
             )
 
     def _check_non_finite(self) -> None:
-        """``UserError`` if too many rows since launch were NaN or infinite; all ranks of the group see the same."""
-        rows = (self.step - self.launched_at_step) * self.schedule.batch
+        """``UserError`` if too many rows were NaN or infinite so far; all ranks of the group see the same."""
+        rows = self.step * self.schedule.batch
         for name, counts in self.left_out.items():
             bad = int(counts[0])
-            if bad > NON_FINITE_LIMIT * rows:
+            if bad > NON_FINITE_LIMIT * max(rows, NON_FINITE_ROWS):
                 raise UserError(
                     f"hookpoints: {bad} of {rows} activations at {name} are NaN or infinite by step {self.step}; try "
                     f"model.dtype: float32 (now {self.config.model.dtype}) or another hookpoint"
@@ -340,6 +342,8 @@ class Trainer:
             if self._owns(name):
                 folder = checkpoint.stream_folder(aside, name)
                 digests |= checkpoint.save_rows(aside, folder, {"lanes": lanes}, self.buffer.lanes.start)
+                if self.topology.rank == self.group.ranks[0]:
+                    digests |= checkpoint.save_replicated(aside, folder, {"left_out": self.left_out[name]})
         gathered: list[Any] | None = [None] * dist.get_world_size(self.control) if self.is_main else None
         dist.gather_object(digests, gathered, dst=0, group=self.control)
         if gathered is not None:
@@ -374,11 +378,13 @@ class Trainer:
             checkpoint.load_rows(saved, job.row_tensors(), job.start)
             checkpoint.load_replicated(saved, job.replicated_tensors())
         block = self.buffer.lanes
-        lanes = {
-            name: checkpoint.read_rows(checkpoint.stream_folder(folder, name), "lanes", block.start, block.stop)
-            for name in self.group.hookpoints
-        }
         stream = meta["stream"]
-        self.buffer.restore(lanes, stream["rows_inserted"], meta["step"])
+
+        def read(name: str) -> Tensor:
+            return checkpoint.read_rows(checkpoint.stream_folder(folder, name), "lanes", block.start, block.stop)
+
+        self.buffer.restore(read, stream["rows_inserted"], meta["step"])
+        for name, counts in self.left_out.items():
+            checkpoint.load_replicated(checkpoint.stream_folder(folder, name), {"left_out": counts})
         self.chunks_inserted, self.cursor = stream["chunks_inserted"], stream["cursor"]
         self.step = self.saved_step = self.launched_at_step = meta["step"]

@@ -37,7 +37,11 @@ def tensors(d_in: int, d_sae: int, dtype: str, sae_id: str) -> tuple[dict[str, T
         "tokens_since_fired": torch.arange(d_sae) * 10,
         "fired_count": torch.arange(d_sae) % 7,
     }
-    replicated = {"b_dec": normal(d_in).to(DTYPES[dtype]), "window_tokens": torch.tensor(100)}
+    replicated = {
+        "b_dec": normal(d_in).to(DTYPES[dtype]),
+        "window_tokens": torch.tensor(100),
+        "frozen": torch.tensor(False),
+    }
     return {**parameters, **moments, **counters}, {**replicated, "adam.exp_avg.b_dec": torch.zeros(d_in)}
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scale_sae import evaluate
 from scale_sae.config import from_dict, to_dict
-from scale_sae.saes.inference import SAE
+from scale_sae.errors import UserError
+from scale_sae.saes.inference import SAE, TopKSAEConfig
 
 D_IN = 256
 
@@ -136,3 +137,43 @@ def test_bad_arguments(
         evaluate.main(str(tmp_path / release), *extra, **options)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_a_release_cannot_consent_to_code_of_others(tmp_path: Path, run_config: dict[str, Any]) -> None:
+    run_config["model"]["trust_remote_code"] = True
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    with pytest.raises(UserError, match="--trust_remote_code: the release asks to run code"):
+        evaluate.run(tmp_path / "release", (), None, 512, {})
+
+
+def test_one_broken_sae_does_not_hide_the_others(
+    tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = identity_sae()
+    broken["W_enc"][0, 0] = torch.inf
+    write_sae(tmp_path / "release/broken", run_config, broken, k=D_IN)
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    with pytest.raises(UserError, match=r"^broken: some activations are NaN"):
+        evaluate.run(tmp_path / "release", (), None, 512, {})
+    assert "\nexact " in capsys.readouterr().out
+    assert not (tmp_path / "release/broken/eval.json").exists()
+
+
+def test_unusable_rows_pass_through() -> None:
+    class Doubling(torch.nn.Module):
+        cfg = TopKSAEConfig("topk", 4, 8, "float32", k=2)
+        b_dec = torch.zeros(4)
+
+        def encode(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x], 1)
+
+        def decode(self, acts: Tensor) -> Tensor:
+            return 2 * acts[:, :4]
+
+    rows = torch.ones(10, 4)
+    rows[3] = torch.nan
+    rows[7] = 1e4
+    sums = evaluate.Reconstruction(Doubling())  # type: ignore[arg-type]
+    out = sums.add(rows)
+    assert sums.rows == 8
+    assert out[3].isnan().all() and torch.equal(out[7], rows[7]) and torch.equal(out[0], 2 * rows[0])

@@ -85,7 +85,7 @@ def test_state_goes_on_elsewhere(parts: int) -> None:
     blocks = [range(i * 8 // parts, (i + 1) * 8 // parts) for i in range(parts)]
     others = [LaneBuffer({"h": 2}, block, SCHEDULE, 7, torch.float64, torch.device("cpu")) for block in blocks]
     for other in others:
-        other.restore({"h": saved[other.lanes.start : other.lanes.stop]}, first.inserted, 5)
+        other.restore(lambda name, block=other.lanes: saved[block.start : block.stop], first.inserted, 5)  # type: ignore[misc]
     for step in range(5, SCHEDULE.steps):
         while others[0].inserted < SCHEDULE.rows_before_draw(step):
             insert(others, next(chunks), SCHEDULE)

@@ -4,7 +4,7 @@ Row i of the stream goes to lane i % lanes; every batch takes the same number of
 generator that knows only (seed, lane, step). So a batch does not depend on which rank hosts a lane.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class LaneBuffer:
         assert not len(slot) or int(slot.max()) < self.capacity
         for name, rows in self.rows.items():
             target = (lane * self.capacity + slot).to(rows.device)
-            rows.flatten(0, 1).index_copy_(0, target, chunk[name][: len(index)])
+            rows.flatten(0, 1).index_copy_(0, target, chunk[name][: len(index)].to(rows.device))
         self.inserted += count
 
     def draw(self, step: int) -> dict[str, Tensor]:
@@ -101,8 +101,12 @@ class LaneBuffer:
         most = self.schedule.inserted(0, self.inserted) - self.draws * (self.schedule.batch // self.schedule.lanes)
         return {name: rows[:, :most] for name, rows in self.rows.items()}
 
-    def restore(self, state: Mapping[str, Tensor], inserted: int, draws: int) -> None:
-        """Takes up the lanes that ``state`` returned after ``inserted`` rows and ``draws`` batches."""
+    def restore(self, read: Callable[[str], Tensor], inserted: int, draws: int) -> None:
+        """Takes up the lanes that ``state`` returned after ``inserted`` rows and ``draws`` batches.
+
+        ``read(h)`` gives those of one hookpoint, ``[len(lanes), slots, width]``; one at a time, since they are large.
+        """
         self.inserted, self.draws = inserted, draws
         for name, rows in self.rows.items():
-            rows[:, : state[name].shape[1]] = state[name].to(rows)
+            lanes = read(name)
+            rows[:, : lanes.shape[1]] = lanes.to(rows)

@@ -1,13 +1,14 @@
 """Moves the kept rows of each chunk from the LM ranks to the SAE ranks that host their lanes: each row once per group.
 
-Before the rows of a chunk goes a header ``(chunk, rows, end, cursor bytes)`` on a CPU group, so that no rank reads a
-device value to learn a size. Messages have a fixed size (the most rows that a chunk can have), so that a receiver
+Before the rows of a chunk goes a header ``(chunk, first row, rows, end, cursor)`` on a CPU group, so that no rank reads
+a device value to learn a size. Messages have a fixed size (the most rows that a chunk can have), so that a receiver
 can post the next one before it knows what comes.
 """
 
+import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,13 @@ from scale_sae.activations.buffer import rows_of_lanes
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.source import ActivationSource
 from scale_sae.activations.tokens import Chunk
+from scale_sae.errors import UserError
 from scale_sae.topology import Group, Topology
 
 CURSOR_BYTES = 1 << 16
+NUMBER_BYTES = 5 * 8
+HEADER_BYTES = NUMBER_BYTES + CURSOR_BYTES
+DIFFERENT_TEXT = "data.dataset: the LM ranks read different text; give all of them the same files and revision"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class ReceivedChunk:
     """This rank's rows of one chunk. ``rows[h]`` may be longer than needed; ``cursor`` leads to the next chunk."""
 
     index: int
+    first_row: int
     count: int
     rows: Mapping[str, Tensor]
     cursor: dict
@@ -41,19 +47,21 @@ class Start:
     rows: int
 
 
-def pack_header(chunk: int, count: int, end: bool, cursor: dict) -> Tensor:
-    """uint8 [32 + CURSOR_BYTES]: four int64, then the cursor as JSON."""
+def pack_header(chunk: int, first_row: int, count: int, end: bool, cursor: dict) -> Tensor:
+    """uint8 [HEADER_BYTES]: five int64, then the cursor as JSON."""
     text = json.dumps(cursor).encode()
     assert len(text) <= CURSOR_BYTES, f"a text cursor of {len(text)} bytes is larger than its message"
-    header = torch.zeros(32 + CURSOR_BYTES, dtype=torch.uint8)
-    header[:32] = torch.tensor([chunk, count, int(end), len(text)]).view(torch.uint8)
-    header[32 : 32 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+    header[:NUMBER_BYTES] = torch.tensor([chunk, first_row, count, int(end), len(text)]).view(torch.uint8)
+    header[NUMBER_BYTES : NUMBER_BYTES + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return header
 
 
-def unpack_header(header: Tensor) -> tuple[int, int, bool, dict]:
-    chunk, count, end, length = header[:32].view(torch.int64).tolist()
-    return chunk, count, bool(end), json.loads(header[32 : 32 + length].numpy().tobytes())
+def unpack_header(header: Tensor) -> tuple[int, int, int, bool, dict]:
+    """The arguments of ``pack_header``."""
+    chunk, first_row, count, end, length = header[:NUMBER_BYTES].view(torch.int64).tolist()
+    cursor = json.loads(header[NUMBER_BYTES : NUMBER_BYTES + length].numpy().tobytes())
+    return chunk, first_row, count, bool(end), cursor
 
 
 def kept_rows(source: ActivationSource, chunk: Chunk, device: torch.device) -> dict[str, Tensor]:
@@ -83,12 +91,12 @@ class Sender:
         if len(self.in_flight) == 2:
             self._wait_oldest()
         self.rows_sent += count
-        self._post(pack_header(chunk, count, False, cursor), start, count, rows)
+        self._post(pack_header(chunk, start, count, False, cursor), start, count, rows)
 
     def close(self) -> None:
         """Says that this replica sends no more, and waits until everything has left."""
         empty = {name: torch.empty(0, width, dtype=self.dtype) for name, width in self.widths.items()}
-        self._post(pack_header(0, 0, True, {}), 0, 0, empty)
+        self._post(pack_header(0, 0, 0, True, {}), 0, 0, empty)
         while self.in_flight:
             self._wait_oldest()
 
@@ -118,10 +126,10 @@ class Sender:
         lanes = self.topology.plan.lane_block(group, rank)
         index = rows_of_lanes(start, count, lanes, self.schedule.lanes).to(rows.device)
         payload = torch.zeros(
-            self.schedule.most_rows(len(lanes)), rows.shape[1], dtype=self.dtype, device=self.topology.device
+            self.schedule.most_rows(len(lanes)), rows.shape[1], dtype=self.dtype, device=self.topology.wire
         )
         if count:
-            payload[: len(index)] = rows[index]
+            payload[: len(index)] = rows[index].to(payload)
         return payload
 
 
@@ -184,6 +192,7 @@ class Receiver:
         self.most_rows = schedule.most_rows(len(topology.plan.lane_block(self.group, topology.rank)))
         self.dtype = dtype
         self.next_index = start.chunk
+        self.next_row = start.rows
         self.posted: dict[int, tuple[list[dist.Work], Tensor, dict[str, Tensor]]] = {}
         self.open = set(range(len(topology.plan.lm)))
         for replica in sorted(self.open):
@@ -197,8 +206,10 @@ class Receiver:
         received = self._take(replica)
         if received is None:
             return None
-        assert received.index == self.next_index
+        if (received.index, received.first_row) != (self.next_index, self.next_row):
+            raise UserError(DIFFERENT_TEXT)
         self.next_index += 1
+        self.next_row += received.count
         self._post(replica)
         return received
 
@@ -211,9 +222,9 @@ class Receiver:
     def _post(self, replica: int) -> None:
         key = (replica, self.group.index)
         sender = self.topology.plan.sender(replica, self.group, self.topology.rank)
-        header = torch.empty(32 + CURSOR_BYTES, dtype=torch.uint8)
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         rows = {
-            name: torch.empty(self.most_rows, self.widths[name], dtype=self.dtype, device=self.topology.device)
+            name: torch.empty(self.most_rows, self.widths[name], dtype=self.dtype, device=self.topology.wire)
             for name in self.group.hookpoints
         }
         works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, header, sender, self.topology.header[key])])
@@ -226,11 +237,11 @@ class Receiver:
         works, header, rows = self.posted.pop(replica)
         for work in works:
             work.wait()
-        chunk, count, end, cursor = unpack_header(header)
+        chunk, first_row, count, end, cursor = unpack_header(header)
         if end:
             self.open.discard(replica)
             return None
-        return ReceivedChunk(chunk, count, rows, cursor)
+        return ReceivedChunk(chunk, first_row, count, rows, cursor)
 
 
 class ColocatedExchange:
@@ -285,6 +296,7 @@ class ColocatedExchange:
             starts.append(self.rows_before)
             chunks.append(chunk)
             self.rows_before += int(chunk.keep.sum())
+        self._check_same(chunks)
         counts = [int(chunk.keep.sum()) for chunk in chunks]
         owners = [self.topology.plan.sae_ranks[chunk.index % self.world] for chunk in chunks]
         incoming = {
@@ -293,7 +305,7 @@ class ColocatedExchange:
                     self._share(self.group, self.topology.rank, starts[i], counts[i]).numel(),
                     self.widths[name],
                     dtype=self.dtype,
-                    device=self.topology.device,
+                    device=self.topology.wire,
                 )
                 for name in self.group.hookpoints
             }
@@ -313,7 +325,17 @@ class ColocatedExchange:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
         for i, chunk in enumerate(chunks):
-            self.ready.append(ReceivedChunk(chunk.index, counts[i], incoming[i], chunk.cursor))
+            self.ready.append(ReceivedChunk(chunk.index, starts[i], counts[i], incoming[i], chunk.cursor))
+
+    def _check_same(self, chunks: Sequence[Chunk]) -> None:
+        """``UserError`` on every rank unless all have read the same round: sizes would not match otherwise."""
+        digest = hashlib.blake2b()
+        for chunk in chunks:
+            digest.update(chunk.tokens.numpy().tobytes())
+        digests: list[str] = [""] * self.world
+        dist.all_gather_object(digests, digest.hexdigest(), group=self.topology.header[0, 0])
+        if len(set(digests)) > 1:
+            raise UserError(DIFFERENT_TEXT)
 
     def _share(self, group: Group, rank: int, start: int, count: int) -> Tensor:
         return rows_of_lanes(start, count, self.topology.plan.lane_block(group, rank), self.schedule.lanes)
@@ -327,7 +349,7 @@ class ColocatedExchange:
             for rank in group.ranks:
                 index = self._share(group, rank, start, int(chunk.keep.sum())).to(self.topology.device)
                 for name in group.hookpoints:
-                    payload = rows[name][index].to(self.dtype)
+                    payload = rows[name][index].to(self.topology.wire, self.dtype)
                     if rank == self.topology.rank:
                         own[name].copy_(payload)
                     elif payload.numel():
