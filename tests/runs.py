@@ -13,10 +13,10 @@ import datasets  # noqa: F401 (imported before the ranks are forked, so that eac
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import yaml
-from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from harness import run_ranks
 from scale_sae import checkpoint, train
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.embedded import standard_library_files

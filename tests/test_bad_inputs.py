@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+import runs
 from scale_sae import checkpoint, config, jobs, rundir, train
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.embedded import MODEL_FOLDER

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from harness import run_ranks
 from torch import Tensor
 
+from harness import run_ranks
 from scale_sae import checkpoint, tensorfile
 from scale_sae.errors import UserError
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 from torch import Tensor
 
+from harness import run_ranks
 from scale_sae import collectives
 from scale_sae.collectives import NonFiniteError, Shard, select_topk
 from scale_sae.errors import UserError

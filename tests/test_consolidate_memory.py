@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import made_up_run
 import pytest
 import safetensors
 import torch
 from torch import Tensor
 
+import made_up_run
 from scale_sae import checkpoint
 from scale_sae.saes import registry
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from scale_sae import checkpoint
 from scale_sae.consolidate import consolidate
 from scale_sae.errors import UserError

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import runs
 from scale_sae import evaluate
 from scale_sae.config import from_dict, to_dict
 from scale_sae.errors import UserError
@@ -177,3 +177,11 @@ def test_unusable_rows_pass_through() -> None:
     out = sums.add(rows)
     assert sums.rows == 8
     assert out[3].isnan().all() and torch.equal(out[7], rows[7]) and torch.equal(out[0], 2 * rows[0])
+
+
+def test_excluded_positions_stay_as_they_are() -> None:
+    x = torch.arange(12.0).view(2, 3, 2)
+    keep = torch.tensor([[False, True, True], [True, False, True]])
+    out = evaluate.at_kept_positions(torch.zeros_like, keep)(x)
+    assert torch.equal(out[~keep], x[~keep]) and not out[keep].any()
+    assert torch.equal(x, torch.arange(12.0).view(2, 3, 2))

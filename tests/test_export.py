@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import fire
-import made_up_run
 import pytest
 import sae_lens
 import safetensors.torch
 import torch
-from made_up_run import D_IN, save_run
 from torch import Tensor
 
+import made_up_run
+from made_up_run import D_IN, save_run
 from scale_sae import checkpoint, export, tensorfile
 from scale_sae.collectives import Shard
 from scale_sae.consolidate import consolidate, is_release, main

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
 from torch import Tensor
 
+from harness import run_ranks
 from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
 from scale_sae.optim import Optimizer, learning_rate

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 import transformers
 from datasets import Array3D, Dataset, Features
 
+import runs
 from scale_sae.embedded import MODEL_FOLDER
 
 SIZES: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

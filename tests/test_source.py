@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
@@ -26,6 +25,7 @@ from transformers import (
     ViTConfig,
 )
 
+from harness import run_ranks
 from scale_sae.activations.architecture import image_positions, input_name, inspect_model, kept_positions
 from scale_sae.activations.source import ActivationSource
 from scale_sae.config import DataConfig, ModelConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import yaml
 
+import runs
 from scale_sae import checkpoint
 
 STEPS = 400

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from harness import run_ranks
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness import run_ranks
 from scale_sae.collectives import Shard
 from scale_sae.errors import UserError
 from scale_sae.saes import SAE, TopKSAE, TrainingSAE, TrainStepInput, TrainStepOutput, create, training_config

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import runs
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.config import load
 
