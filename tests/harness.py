@@ -76,6 +76,11 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
                     process.join()
 
 
+def renew_thread_pool() -> None:
+    """Makes torch replace the pool that a fork has broken. Threads that did so together would race for it."""
+    torch.set_num_threads(1)
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on."""
     with socket.socket() as probe:
@@ -132,6 +137,7 @@ def _rank_main(
     stack = (folder / f"stack_{rank}").open("w")
     faulthandler.enable(stack)
     faulthandler.dump_traceback_later(timeout, file=stack)
+    renew_thread_pool()
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import runs
+from harness import renew_thread_pool
 from scale_sae import checkpoint, config, jobs, rundir, train
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.embedded import MODEL_FOLDER
@@ -55,6 +56,7 @@ def rank_main(rank: int, world: int, port: int, printed: Path, path: Path, overr
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
     faulthandler.dump_traceback_later(TIMEOUT - 2, file=out)
+    renew_thread_pool()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     train.main(str(path), **overrides)
