@@ -55,9 +55,13 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"output_dir: {run_dir} already holds a run; set resume: auto to go on, or choose another folder"
             )
-        check_same_run(
-            config, to_dict(from_dict(yaml.safe_load(path.read_text()))), checkpoint.complete(run_dir), str(run_dir)
-        )
+        saved = from_dict(yaml.safe_load(path.read_text()))
+        if config.resume not in ("auto", saved.resume):
+            raise UserError(
+                f"resume: {config.resume}, but {run_dir} already holds a run that did not start from it; set resume: "
+                "auto to go on, or choose another output_dir"
+            )
+        check_same_run(config, to_dict(saved), checkpoint.complete(run_dir), str(run_dir))
     elif checkpoint.complete(run_dir):
         raise UserError(f"output_dir: {run_dir} holds checkpoints but no {CONFIG}; choose another folder")
 

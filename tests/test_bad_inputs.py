@@ -239,7 +239,7 @@ def moved(path: Path, folder: Path) -> Path:
 OCCUPIED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "another config": ({"train.lr": 2e-3}, ["holds a run with another config", "train.lr: 0.001 != 0.002"]),
     "resume: never": ({"resume": "never"}, ["output_dir", "already holds a run"]),
-    "resume from nothing": ({"resume": "./no/step_00000004"}, ["resume", "no/step_00000004", "no intact checkpoint"]),
+    "resume from nothing": ({"resume": "./no/step_00000004"}, ["resume", "no/step_00000004", "already holds a run"]),
 }
 
 

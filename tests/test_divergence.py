@@ -62,3 +62,11 @@ def test_a_checkpoint_of_the_run_itself_is_refused(tmp_path: Path) -> None:
     tree = runs.tiny_config(tmp_path, resume=str(tmp_path / "run/checkpoints/step_00000020"))
     with pytest.raises(UserError, match=r"resume: .*step_00000020 lies in output_dir"):
         rundir.check(config.from_dict(tree))
+
+
+def test_a_named_checkpoint_must_be_there(tmp_path: Path) -> None:
+    from scale_sae import config, rundir
+
+    tree = runs.tiny_config(tmp_path, resume=str(tmp_path / "no/step_00000020"))
+    with pytest.raises(UserError, match=r"resume: .*no/step_00000020 is no intact checkpoint"):
+        rundir.find_checkpoint(config.from_dict(tree), (0, 1), lambda problems: problems, print)
