@@ -1,3 +1,4 @@
 """scale_sae: sparse autoencoders trained on language-model activations, sharded exactly over many ranks."""
 
-from scale_sae.saes.inference import SAE as SAE
+from scale_sae.saes import *  # noqa: F403
+from scale_sae.saes import __all__ as __all__

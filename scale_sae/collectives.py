@@ -5,7 +5,7 @@ a shard of size 1 and runs the same code: only this module asks whether a group 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from scale_sae.errors import UserError
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _RESELECT_ELEMENTS = 2**24  # scores that the exact pass over cut ties looks at in one go: bounds its memory
+_KEYS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float: the integers that share its bits
+_BLOCK = 64  # most neighbouring latents that select_batch_topk looks at through their largest score
 
 # Newer torch renames it and warns of the old name; the supported range has both.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,11 +38,18 @@ class Shard:
         rank: this rank's position in the tp group; blocks of latents ascend with it.
         size: number of tp ranks.
         group: the process group; None only for size 1 (or to mean the whole world).
+        d_sae: latents over all shards of the SAE that this is a shard of; 0 where it is not said.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    d_sae: int = 0
+
+    def over(self, d_sae: int) -> "Shard":
+        """The same shard, of an SAE with ``d_sae`` latents. UserError where these cannot be split evenly."""
+        self.rows(d_sae)
+        return replace(self, d_sae=d_sae)
 
     def rows(self, total: int) -> slice:
         """This rank's block of ``total`` latents, as a slice of global latent numbers.
@@ -56,9 +65,10 @@ class Shard:
         width = total // self.size
         return slice(self.rank * width, (self.rank + 1) * width)
 
-    def prefix(self, width: int, d_sae: int) -> slice:
+    def prefix(self, width: int) -> slice:
         """The local slice of those of this rank's latents that are among the first ``width`` of all ``d_sae``."""
-        own = self.rows(d_sae)
+        assert self.d_sae, "a prefix needs a shard of known width: Shard.over(d_sae)"
+        own = self.rows(self.d_sae)
         return slice(0, min(max(width - own.start, 0), own.stop - own.start))
 
     def sum(self, x: Tensor) -> Tensor:
@@ -188,3 +198,111 @@ def _reselect(scores: Tensor, rows: Tensor, threshold: Tensor, count: int) -> tu
         found.append(keys.topk(count, dim=1).indices)
     latents = torch.cat(found)
     return scores[rows[:, None], latents], latents
+
+
+@torch.no_grad()
+def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The entries of this shard that belong to the ``count`` largest of the whole batch over all shards' latents.
+
+    The order is (score descending, row ascending, global latent ascending), whatever the number of shards. Only values
+    above 0 are ever selected: all of them where there are fewer than ``count``.
+
+    No index and no score crosses the link. A rank sends two histograms of 256 KiB, one of 512 KiB more for each 16 bits
+    of the dtype beyond the first 16, and ``4·B`` bytes of tie counts (``4·B·size`` received). Three host
+    synchronisations. Two passes over the scores: one checks that all are finite, one takes the largest of each block of
+    neighbours. These largest bound the threshold from below; all else looks at the few blocks that reach the bound,
+    which are many only where most scores differ by less than the bound's 16 bits can tell.
+
+    Args:
+        scores: ``[B, n_local]`` of any floating dtype, the same on all shards; ``n_local`` may differ and be 0.
+        count: entries to select over all rows and shards, at least 0.
+        shard: where ``scores`` lies among the latents.
+
+    Returns:
+        ``rows`` and ``latents`` (local numbers), int64 ``[nnz]``, by row and ascending latent inside a row.
+
+    Raises:
+        NonFiniteError: a score of any shard is NaN or infinite.
+    """
+    shifts = range(8 * scores.dtype.itemsize - 16, -1, -16)  # of the 16-bit digits of a key, highest first
+    blocks = _key_blocks(scores, count, shard)
+    best = blocks.amax(2)
+    # The blocks' best are entries too, so the count-th largest of them is not above the threshold.
+    histogram = torch.cat([_histogram(best.flatten(), shifts[0]), _invalid(scores, best)])
+    histogram, invalid = shard.all_reduce(histogram).split([2**15, 1])
+    digit, _ = _descend(histogram, torch.full_like(invalid, count))
+    bound = (digit << shifts[0]).clamp_(min=1).to(blocks.dtype)  # keys from 1 are those of values above 0
+
+    reach = best >= bound
+    n_invalid, n_reach = torch.cat([invalid, reach.sum()[None]]).tolist()
+    if n_invalid:
+        raise NonFiniteError("select_batch_topk: the scores hold NaN or infinite values")
+    rows, numbers = torch.nonzero_static(reach, size=n_reach).t()
+    found = blocks[rows, numbers]
+    which, places = (found >= bound).nonzero().t()
+    keys = found[which, places].long()
+    rows, latents = rows[which], numbers[which] * blocks.shape[2] + places
+
+    threshold, left = _descend(shard.all_reduce(_histogram(keys, shifts[0])), torch.full_like(digit, count))
+    for shift in shifts[1:]:
+        digit, left = _descend(shard.all_reduce(_histogram(keys, shift, threshold)), left)
+        threshold = threshold << 16 | digit
+    chosen = (keys > threshold) | _first_ties(rows, keys == threshold, left, len(scores), shard)
+    slots = chosen.nonzero()[:, 0]
+    return rows[slots], latents[slots]
+
+
+def _key_blocks(scores: Tensor, count: int, shard: Shard) -> Tensor:
+    """``[B, blocks, width]``: the integers with the scores' bits, rows filled up with 0 to whole blocks of neighbours.
+
+    As integers, positive floats keep their order, 0.0 is 0, and all that have a sign, −0.0 too, are negative. Blocks
+    are so narrow that there are several for each entry to select: the bound would be loose otherwise.
+    """
+    keys = scores.view(_KEYS[scores.dtype.itemsize])
+    several = scores.numel() * shard.size // (4 * max(count, 1))
+    width = min(_BLOCK, 2 ** max(several.bit_length() - 1, 0))
+    if rest := keys.shape[1] % width:
+        keys = F.pad(keys, (0, width - rest))
+    return keys.unflatten(1, (keys.shape[1] // width, width))
+
+
+def _invalid(scores: Tensor, best: Tensor) -> Tensor:
+    """int64 ``[1]``: above 0 if a score is NaN or infinite; ``best`` holds the largest keys of its blocks."""
+    infinity = torch.tensor(math.inf, dtype=scores.dtype).view(best.dtype).item()
+    above = (best >= infinity).any()  # infinity, or NaN without a sign
+    below = scores.amin().isfinite().logical_not_() if scores.numel() else torch.zeros_like(above)  # −inf, or any NaN
+    return (above | below).long()[None]
+
+
+def _histogram(keys: Tensor, shift: int, head: Tensor | None = None) -> Tensor:
+    """How many of the positive ``keys`` ``[n]`` have each 16-bit digit at ``shift``, the bits above it being ``head``.
+
+    int64 ``[2**16]``. Without ``head`` the digit is the highest one: ``[2**15]``, since the sign takes a bit of it.
+    """
+    digits, counted = keys.long() >> shift, keys > 0
+    if head is not None:
+        counted &= digits >> 16 == head
+    bins = 2**15 if head is None else 2**16
+    return torch.zeros(bins, dtype=torch.int64, device=keys.device).index_add_(0, digits & (bins - 1), counted.long())
+
+
+def _descend(histogram: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """The digit of the ``left``-th largest key and its place among the keys of that digit, all int64 ``[1]``.
+
+    With fewer keys the digit is −1, in the following digits too: all keys are above it. With ``left`` 0 it is the last.
+    """
+    reached = histogram.flip(0).cumsum(0).flip(0)  # keys of each digit or a higher one
+    digit = (reached >= left).sum(0, keepdim=True).sub_(1)
+    return digit, left - (reached - histogram)[digit]
+
+
+def _first_ties(rows: Tensor, tied: Tensor, left: Tensor, n_rows: int, shard: Shard) -> Tensor:
+    """Which of this shard's candidates, in ascending ``rows`` ``[n]``, are among the first ``left`` ties of all shards.
+
+    The order is (row, shard, place in the shard), and the prefix sums below run in it.
+    """
+    own = torch.zeros(n_rows, dtype=torch.int32, device=rows.device).index_add_(0, rows, tied.int())
+    counts = shard.all_gather(own)
+    reached = counts.t().flatten().cumsum(0).view(n_rows, shard.size)[:, shard.rank]
+    elsewhere = reached - own.cumsum(0)  # ties of other shards that come before this shard's part of each row
+    return tied & (tied.cumsum(0) + elsewhere[rows] <= left)

@@ -16,6 +16,7 @@ from scale_sae.config_schema import (
     BufferConfig,
     CheckpointConfig,
     DataConfig,
+    InitFrom,
     LMTopology,
     LoggingConfig,
     ModelConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "BufferConfig",
     "CheckpointConfig",
     "DataConfig",
+    "InitFrom",
     "LMTopology",
     "LoggingConfig",
     "ModelConfig",
@@ -208,6 +210,15 @@ def _check_hookpoints(key: str, patterns: tuple[str, ...]) -> None:
         require(pattern not in patterns[:index], f"{key}.{index}", pattern, "is given twice")
 
 
+def _check_targets(key: str, targets: tuple[str, ...], patterns: tuple[str, ...]) -> None:
+    remedy = f"must be one hookpoint, or a list with one for each of the {len(patterns)} hookpoints"
+    require(len(targets) == len(patterns), key, list(targets), remedy)
+    for target, pattern in zip(targets, patterns, strict=True):
+        _check_path_part(key, target)
+        remedy = f"has more * than {pattern}; each stands for what the same * stands for there"
+        require(target.count("*") <= pattern.count("*"), key, target, remedy)
+
+
 def _check_saes(config: RunConfig) -> None:
     require(len(config.saes) > 0, "saes", [], "holds no SAE")
     _check_hookpoints("hookpoints", config.hookpoints)
@@ -218,6 +229,8 @@ def _check_saes(config: RunConfig) -> None:
             _check_path_part(f"saes.{index}.name", entry.name)
         if entry.hookpoints is not None:
             _check_hookpoints(f"saes.{index}.hookpoints", entry.hookpoints)
+        if entry.hookpoint_out is not None:
+            _check_targets(f"saes.{index}.hookpoint_out", config.targets_of(entry), config.hookpoints_of(entry))
         remedy = f"must be a multiple of topology.sae.tp ({tp})"
         require(entry.d_sae % tp == 0, f"saes.{index}.d_sae", entry.d_sae, remedy)
         key = "hookpoints" if entry.hookpoints is None else f"saes.{index}.hookpoints"

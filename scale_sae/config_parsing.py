@@ -137,13 +137,17 @@ def _describe(kind: Any) -> str:
 def convert(value: Any, kind: Any, key: str) -> Any:
     """``value``, as YAML gave it, in the type of the annotation ``kind``.
 
-    Knows bool, int, float, str, None, Literal of texts, ``tuple[T, ...]``, unions of these, and dataclasses. No value
+    Knows bool, int, float, str, None, Literal of texts, ``tuple[T, ...]``, unions of these, and dataclasses, also a
+    dataclass or None. No value
     changes its type but int and number-like text to float, and list to tuple. UserError, naming ``key``, where it does
     not fit.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         own = getattr(kind, "from_yaml", None)
         return own(value, key) if own else from_mapping(kind, value, key)
+    sections = [arm for arm in get_args(kind) if dataclasses.is_dataclass(arm)]
+    if sections and get_origin(kind) is UnionType:  # a section or null
+        return None if value is None else convert(value, sections[0], key)
     if not _fits(value, kind):
         hint = nearest(value, _words(kind)) if isinstance(value, str) else ""
         raise UserError(f"{key}: {show(value)} is not {_describe(kind)}{hint}")

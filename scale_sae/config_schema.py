@@ -96,6 +96,38 @@ STREAM_KEYS = frozenset({"training_tokens", "train_batch_size_tokens"})
 
 
 @dataclass(frozen=True)
+class InitFrom:
+    """The released SAE whose weights an SAE starts from.
+
+    In YAML also as text: a folder of one SAE, or ``user/repo:sae_id``.
+    """
+
+    # Hub repository (user/repo) or local folder.
+    release: str
+    # The SAE's folder in the release; null: the release is itself an SAE's folder, or has the sae_id of this run.
+    sae_id: str | None = None
+    # Branch, tag or commit on the hub; null: its default branch.
+    revision: str | None = None
+
+    @classmethod
+    def from_yaml(cls, value: Any, key: str) -> "InitFrom":
+        """Text or a mapping."""
+        if isinstance(value, str):
+            release, _, sae_id = value.partition(":")
+            found = cls(release, sae_id or None)
+        else:
+            remedy = "is neither text such as user/repo:sae_id nor a mapping of release, sae_id, revision"
+            require(isinstance(value, Mapping), key, value, remedy)
+            found = from_mapping(cls, value, key)
+        require(found.release != "", key, value, "names no release; write user/repo:sae_id, or the folder of an SAE")
+        return found
+
+    def to_yaml(self) -> dict[str, str | None]:
+        """What ``from_yaml`` reads."""
+        return {"release": self.release, "sae_id": self.sae_id, "revision": self.revision}
+
+
+@dataclass(frozen=True)
 class SAEEntry:
     """One entry of ``saes``: an SAE that is trained at every hookpoint, or at its own ``hookpoints``.
 
@@ -107,6 +139,11 @@ class SAEEntry:
     name: str | None = None
     # Hookpoints of this SAE alone; null: those of the run.
     hookpoints: tuple[str, ...] | None = None
+    # Where a transcoder's target is taken; each * in it stands for what the same * in the hookpoint stands for. Or a
+    # list, one for each of the hookpoints.
+    hookpoint_out: str | tuple[str, ...] | None = None
+    # A released SAE to start from; null: random weights.
+    init_from: InitFrom | None = None
     # Keys of the `train` section that differ for this SAE (all but training_tokens and train_batch_size_tokens).
     train: dict[str, Any] = field(default_factory=dict)
     # Every other key: d_sae (the number of latents, required) and the options of the architecture, such as k.
@@ -121,7 +158,7 @@ class SAEEntry:
     def from_yaml(cls, value: Any, key: str) -> "SAEEntry":
         """The entry in the flat mapping ``value``; UserError naming ``key`` and what is wrong."""
         hints, train_hints = get_type_hints(cls), get_type_hints(TrainConfig)
-        own = ("architecture", "name", "hookpoints")
+        own = ("architecture", "name", "hookpoints", "hookpoint_out", "init_from")
         require_mapping(value, key, (*own, "d_sae", "k", "..."))
         entry: dict[str, Any] = {"train": {}, "options": {}}
         for name, item in value.items():
@@ -140,13 +177,19 @@ class SAEEntry:
         convert(options["d_sae"], int, f"{key}.d_sae")
         require(options["d_sae"] > 0, f"{key}.d_sae", options["d_sae"], "must be above 0")
         if "k" in options:
-            convert(options["k"], int | float, f"{key}.k")
+            convert(options["k"], float, f"{key}.k")
             require(0 < options["k"] <= options["d_sae"], f"{key}.k", options["k"], "must be above 0 and at most d_sae")
         return cls(**entry)
 
     def to_yaml(self) -> dict[str, Any]:
         """The flat mapping that ``from_yaml`` reads."""
-        own = {"name": self.name, "architecture": self.architecture, "hookpoints": self.hookpoints}
+        own = {
+            "name": self.name,
+            "architecture": self.architecture,
+            "hookpoints": self.hookpoints,
+            "hookpoint_out": self.hookpoint_out,
+            "init_from": self.init_from,
+        }
         return {name: to_plain(item) for name, item in {**own, **self.train, **self.options}.items()}
 
 
@@ -274,6 +317,14 @@ class RunConfig:
     def hookpoints_of(self, entry: SAEEntry) -> tuple[str, ...]:
         """The hookpoint patterns that ``entry`` is trained at."""
         return self.hookpoints if entry.hookpoints is None else entry.hookpoints
+
+    def targets_of(self, entry: SAEEntry) -> tuple[str, ...]:
+        """The patterns of a transcoder's targets, one for each of ``hookpoints_of``; none for other SAEs."""
+        if entry.hookpoint_out is None:
+            return ()
+        if isinstance(entry.hookpoint_out, str):
+            return (entry.hookpoint_out,) * len(self.hookpoints_of(entry))
+        return entry.hookpoint_out
 
     def train_of(self, entry: SAEEntry) -> TrainConfig:
         """The training settings of ``entry``: the run's, with its own in their place."""

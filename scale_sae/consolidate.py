@@ -20,10 +20,11 @@ from scale_sae import checkpoint, config
 from scale_sae.checkpoint import read_rows
 from scale_sae.errors import UserError, nearest
 from scale_sae.export import CFG, RUNNER_CFG, SPARSITY, WEIGHTS, ExportError, Report, export_sae
-from scale_sae.saes.base import DTYPES
+from scale_sae.saes.inference import DTYPES as READABLE
 
 SAELENS_VERSION = "6.54.12"  # whose format the releases have; SAELens's loaders ask
 CARD = "README.md"
+DTYPES = {name: READABLE[name] for name in ("float32", "float64", "bfloat16")}
 TAG = "- scale_sae"  # the line of a model card that tells a release of this command
 SAE_FILES = {WEIGHTS, CFG, SPARSITY, RUNNER_CFG, "eval.json"}
 
@@ -164,6 +165,7 @@ def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> d
         "model_from_pretrained_kwargs": {},
         "hook_name": job["hookpoint"],
         "hook_head_index": None,
+        **({"hook_name_out": job["target"]} if job["target"] != job["hookpoint"] else {}),
         "dataset_path": run.data.dataset,
         "context_size": run.data.context_size,
         "seqpos_slice": run.data.seqpos_slice,

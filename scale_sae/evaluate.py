@@ -24,12 +24,11 @@ from scale_sae.activations.tokens import held_out_contexts
 from scale_sae.collectives import NonFiniteError
 from scale_sae.config import RunConfig, from_dict
 from scale_sae.errors import UserError, nearest
+from scale_sae.reconstruction import Reconstruction
 from scale_sae.saes.inference import SAE
 from scale_sae.topology import pick_device
-from scale_sae.trainer import weigh_rows
 
 CONTEXTS_PER_BATCH = 16
-ROWS_PER_PART = 1024
 
 
 @dataclass(frozen=True)
@@ -38,91 +37,6 @@ class Batch:
 
     tokens: Tensor
     keep: Tensor
-
-
-class Reconstruction:
-    """Sums over rows, in float64, from which the reconstruction and sparsity figures of one SAE follow."""
-
-    def __init__(self, sae: SAE):
-        self.sae = sae
-        d_in, d_sae, device = sae.cfg.d_in, sae.cfg.d_sae, sae.b_dec.device
-        self.rows = 0
-        self.sum = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.l0_max = 0
-        # ‖x - x̂‖², cosine, ‖x‖, ‖x̂‖, x·x̂, ‖x̂‖², L1 of the activations.
-        self.totals = torch.zeros(7, dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor) -> Tensor:
-        """Counts the rows ``x [n, d_in]`` and returns their reconstruction.
-
-        Rows that training leaves out (not finite, or far above the usual norm) are not counted and stay as they are.
-        """
-        usable = weigh_rows(x)[1] > 0
-        out = x.clone()
-        # In parts: the dense activations of a wide SAE are large.
-        out[usable] = torch.cat([self._add(part) for part in x[usable].split(ROWS_PER_PART)]).to(x.dtype)
-        return out
-
-    def _add(self, x: Tensor) -> Tensor:
-        acts = self.sae.encode(x)
-        x_hat = self.sae.decode(acts)
-        wide, wide_hat = x.double(), x_hat.double()
-        self.rows += len(x)
-        self.sum += wide.sum(0)
-        self.outer += wide.T @ wide
-        active = acts > 0
-        self.fired += active.sum(0)
-        self.l0_max = max([self.l0_max, *active.sum(1).tolist()])
-        self.totals += torch.stack(
-            [
-                (wide - wide_hat).square().sum(),
-                F.cosine_similarity(wide, wide_hat).sum(),
-                wide.norm(dim=1).sum(),
-                wide_hat.norm(dim=1).sum(),
-                (wide * wide_hat).sum(),
-                wide_hat.square().sum(),
-                acts.sum(dtype=torch.float64),
-            ]
-        )
-        return x_hat
-
-    def pca_fvu(self, components: int) -> float:
-        """Variance that the first ``components`` principal components of these very rows leave unexplained."""
-        mean = self.sum / self.rows
-        variances = torch.linalg.eigvalsh(self.outer / self.rows - torch.outer(mean, mean)).clamp(min=0)
-        return float(variances[: len(variances) - components].sum() / variances.sum())
-
-    def figures(self) -> dict[str, dict[str, float]]:
-        """SAELens's metrics, formulas and names (6.54, ``evals``), and a few of our own."""
-        error, cosine, norm_in, norm_out, inner, square_out, l1 = (self.totals / self.rows).tolist()
-        mean = self.sum / self.rows
-        variance = float(self.outer.trace() / self.rows - mean.square().sum())
-        figures = {
-            "reconstruction_quality": {
-                "explained_variance": 1 - error / variance,
-                "mse": error,
-                "cossim": cosine,
-            },
-            "shrinkage": {
-                "l2_norm_in": norm_in,
-                "l2_norm_out": norm_out,
-                "l2_ratio": norm_out / norm_in,
-                "relative_reconstruction_bias": square_out / inner if inner else math.nan,
-            },
-            "sparsity": {
-                "l0": float(self.fired.sum()) / self.rows,
-                "l0_max": float(self.l0_max),
-                "l1": l1,
-                "dead_fraction": float((self.fired == 0).double().mean()),
-            },
-            "token_stats": {"total_tokens_eval_reconstruction": float(self.rows)},
-        }
-        k = getattr(self.sae.cfg, "k", None)
-        if k is not None and k < self.sae.cfg.d_in:
-            figures["reconstruction_quality"]["pca_fvu"] = self.pca_fvu(k)
-        return figures
 
 
 def batches(config: RunConfig, tokens: int) -> list[Batch]:
@@ -143,16 +57,16 @@ def batches(config: RunConfig, tokens: int) -> list[Batch]:
     return list(split())
 
 
-def at_kept_positions(fn: Callable[[Tensor], Tensor], keep: Tensor) -> Callable[[Tensor], Tensor]:
-    """Applies ``fn`` (rows to rows) where ``keep`` is set; other positions pass through as they are."""
+# From input and target rows to rows that take the target's place: [n, d_in], [n, d_out] -> [n, d_out].
+Substitute = Callable[[Tensor, Tensor], Tensor]
 
-    def replace(x: Tensor) -> Tensor:
-        out = x.clone()
-        mask = keep.to(x.device)
-        out[mask] = fn(x[mask]).to(x.dtype)
-        return out
 
-    return replace
+def at_kept_positions(fn: Substitute, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """``y [n, context, d_out]`` with ``fn`` of the rows of ``x`` and ``y`` where ``keep`` is set."""
+    out, mask = y.clone(), keep.to(y.device)
+    rows = y[mask]
+    out[mask] = fn(rows if x is y else x[mask], rows).to(y.dtype)
+    return out
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> tuple[float, int]:
@@ -173,15 +87,27 @@ class Evaluator:
         self.clean_loss = self._mean_loss()
 
     @torch.no_grad()
-    def evaluate(self, sae: SAE, hookpoint: str) -> dict[str, dict[str, float]]:
+    def evaluate(self, sae: SAE, hookpoint: str, target: str) -> dict[str, dict[str, float]]:
         """All figures of one SAE. The cross-entropy part is there for models that predict tokens.
 
         The ablation sets the kept positions to zero; excluded positions (special tokens) stay as they are throughout.
+
+        Args:
+            sae: what to evaluate.
+            hookpoint: where its input is.
+            target: where what it reconstructs is: ``hookpoint`` itself, but for transcoders.
+
+        Raises:
+            NonFiniteError: the SAE gave NaN or infinite values.
+            UserError: a forward comes to the target before the input, or no activation there is finite.
         """
         reconstruction = Reconstruction(sae)
-        with_sae = self._mean_loss(hookpoint, reconstruction.add)
-        with_ablation = self._mean_loss(hookpoint, torch.zeros_like)
+        with_sae = self._mean_loss(reconstruction.add, hookpoint, target)
+        if not reconstruction.rows:
+            places = " or ".join(dict.fromkeys((hookpoint, target)))
+            raise UserError(f"all activations at {places} are NaN or infinite; try model.dtype: float32")
         figures = reconstruction.figures()
+        with_ablation = self._mean_loss(lambda x, y: torch.zeros_like(y), hookpoint, target)
         if self.clean_loss is not None and with_sae is not None and with_ablation is not None:
             lost = with_ablation - self.clean_loss
             figures["model_performance_preservation"] = {
@@ -193,14 +119,12 @@ class Evaluator:
         return figures
 
     @torch.no_grad()
-    def _mean_loss(self, hookpoint: str | None = None, fn: Callable[[Tensor], Tensor] | None = None) -> float | None:
-        """Nats per predicted token, with ``fn`` put in at ``hookpoint``; None for a model that predicts no tokens."""
+    def _mean_loss(self, fn: Substitute | None = None, hookpoint: str = "", target: str = "") -> float | None:
+        """Nats per predicted token, with ``fn`` put in at ``target``; None for a model that predicts no tokens."""
         total, predictions = 0.0, 0
         for batch in self.data:
             tokens = batch.tokens.to(self.device)
-            with contextlib.ExitStack() as stack:
-                if hookpoint is not None and fn is not None:
-                    stack.enter_context(self.source.replace(hookpoint, at_kept_positions(fn, batch.keep)))
+            with contextlib.nullcontext() if fn is None else self._substituted(fn, hookpoint, target, batch.keep):
                 if not self.source.model.can_generate():  # an encoder, a classifier: no next token to predict
                     self.source.forward(tokens)
                     continue
@@ -209,6 +133,27 @@ class Evaluator:
             total += loss
             predictions += count
         return total / predictions if predictions else None
+
+    @contextlib.contextmanager
+    def _substituted(self, fn: Substitute, hookpoint: str, target: str, keep: Tensor) -> Iterator[None]:
+        """While open, one forward goes on with ``fn``'s rows at the kept positions of ``target``."""
+        inputs: list[Tensor] = []
+
+        def replace(y: Tensor) -> Tensor:
+            if hookpoint == target:
+                return at_kept_positions(fn, y, y, keep)
+            if not inputs:
+                raise UserError(
+                    f"reads {hookpoint}, which a forward reaches after {target}, where its output would go; it cannot "
+                    "be evaluated"
+                )
+            return at_kept_positions(fn, inputs[0], y, keep)
+
+        with contextlib.ExitStack() as stack:
+            if hookpoint != target:
+                stack.enter_context(self.source.observe(hookpoint, inputs.append))
+            stack.enter_context(self.source.replace(target, replace))
+            yield
 
 
 def release_folders(root: Path, sae_id: str | None) -> list[Path]:
@@ -224,6 +169,12 @@ def release_folders(root: Path, sae_id: str | None) -> list[Path]:
     if sae_id not in names:
         raise UserError(f"--sae_id: {root} has no {sae_id!r}{nearest(sae_id, names)}; it has {', '.join(names)}")
     return [names[sae_id]]
+
+
+def place_of(folder: Path) -> tuple[str, str]:
+    """(hookpoint of a released SAE's input, hookpoint of what it reconstructs)."""
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    return metadata["hook_name"], metadata.get("hook_name_out") or metadata["hook_name"]
 
 
 TABLE = {
@@ -273,9 +224,9 @@ def run(
     for folder in folders:
         runs.setdefault((folder / "runner_cfg.json").read_text(), []).append(folder)
     results: dict[str, dict[str, dict[str, float]]] = {}
-    not_finite: list[str] = []
+    problems: list[str] = []
     for text, members in runs.items():
-        hook_of = {f: json.loads((f / "cfg.json").read_text())["metadata"]["hook_name"] for f in members}
+        places = {folder: place_of(folder) for folder in members}
         config = from_dict(json.loads(text))
         if config.model.trust_remote_code and not trust_remote_code:
             # A release may be anybody's: what its config says is no consent.
@@ -283,18 +234,25 @@ def run(
                 f"--trust_remote_code: the release asks to run code that comes with the model {config.model.name}; "
                 "pass this flag if you trust it"
             )
-        evaluator = Evaluator(config, list(dict.fromkeys(hook_of.values())), tokens, device)
-        for folder, hookpoint in hook_of.items():
+        hookpoints = dict.fromkeys(hookpoint for place in places.values() for hookpoint in place)
+        evaluator = Evaluator(config, list(hookpoints), tokens, device)
+        for folder, place in places.items():
+            name = folder.relative_to(root).as_posix()
+            sae = SAE.load_from_disk(folder, device)
             try:
-                figures = evaluator.evaluate(SAE.load_from_disk(folder, device), hookpoint)
+                figures = evaluator.evaluate(sae, *place)
             except NonFiniteError:
-                not_finite.append(folder.relative_to(root).as_posix())
+                problems.append(f"{name}: some activations are NaN or infinite, so there are no figures")
+                continue
+            except UserError as error:
+                problems.append(f"{name}: {error}")
                 continue
             (folder / "eval.json").write_text(json.dumps(figures, indent=1) + "\n")
-            results[folder.relative_to(root).as_posix()] = figures
-    print(table(results))
-    if not_finite:
-        raise UserError(f"{', '.join(not_finite)}: some activations are NaN or infinite, so there are no figures")
+            results[name] = figures
+    if results:
+        print(table(results))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def main(

@@ -5,6 +5,7 @@ are SAELens's: ``sae_weights.safetensors``, ``cfg.json``, ``sparsity.safetensors
 ``runner_cfg.json``.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from scale_sae import checkpoint
 from scale_sae.checkpoint import read_rows, write_json
+from scale_sae.collectives import Shard
 from scale_sae.saes import registry
-from scale_sae.saes.base import DTYPES
-from scale_sae.saes.topk import decoder_norms
+from scale_sae.saes.base import TrainingSAE
+from scale_sae.saes.inference import DTYPES, SAE, build, cast
 from scale_sae.seeds import generator
 from scale_sae.tensorfile import Reader, Writer, blocks, save
 
@@ -26,8 +28,8 @@ CFG = "cfg.json"
 SPARSITY = "sparsity.safetensors"
 RUNNER_CFG = "runner_cfg.json"
 
-COUNTERS = ("tokens_since_fired", "fired_count")
 CHECK_ROWS = 16
+CHECK_LATENTS = 32  # active latents per row of the check
 
 
 class ExportError(RuntimeError):
@@ -51,38 +53,58 @@ class StoredSAE:
         self.folder = checkpoint.sae_folder(checkpoint_folder, job["sae_id"])
         self.d_in: int = job["d_in"]
         self.d_sae: int = job["d_sae"]
-        self.cfg = registry.training_config(job["architecture"], self.d_in, job["cfg"], f"checkpoint: {job['sae_id']}")
-        self._class = registry.training_class(job["architecture"])
-        self._parameters = [
-            name for name in checkpoint.row_names(self.folder) if not name.startswith("adam.") and name not in COUNTERS
-        ]
+        self.architecture: str = job["architecture"]
+        self.cfg = registry.training_config(self.architecture, self.d_in, job["cfg"], f"checkpoint: {job['sae_id']}")
+        self.scale = self.replicated("activation_scale").item()
+        self.target_scale = self.replicated("target_scale").item()
+        # The axis of the latents is the one that grows with their number.
+        few, more = (self._made_up(n).inference_state_dict() for n in (2, 3))
+        self.latent_axis = {
+            name: next(
+                (axis for axis in range(few[name].dim()) if few[name].shape[axis] != more[name].shape[axis]), None
+            )
+            for name in few
+        }
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of latents whose W_enc and W_dec rows fill a block together, in float64."""
         return blocks(0, self.d_sae, 2 * 8 * self.d_in)
 
-    def rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The per-latent parameters of latents ``start..stop``, float64."""
-        return {name: read_rows(self.folder, name, start, stop, torch.float64) for name in self._parameters}
+    def _made_up(self, n_latents: int) -> TrainingSAE:
+        """An SAE like this one, of other latents: all zeros, float64."""
+        cfg = copy.copy(self.cfg)
+        cfg.d_sae, cfg.dtype = n_latents, "float64"
+        return registry.create(self.architecture, cfg, Shard())
+
+    @torch.no_grad()
+    def block(self, start: int, stop: int) -> TrainingSAE:
+        """Latents ``start..stop`` as an SAE of their own, float64, as they were trained."""
+        sae = self._made_up(stop - start)
+        for name, tensor in sae.tensors().items():
+            stored = self.replicated(name) if name in sae.replicated else read_rows(self.folder, name, start, stop)
+            tensor.copy_(stored)
+        return sae
+
+    def unscaled_block(self, start: int, stop: int) -> TrainingSAE:
+        """``block`` for inputs as they are, where training scaled them."""
+        sae = self.block(start, stop)
+        if (self.scale, self.target_scale) != (1, 1):
+            sae.fold_activation_norm_scaling_factor(self.scale, self.target_scale)
+        return sae
 
     def replicated(self, name: str) -> Tensor:
         """A replicated tensor as stored."""
         with Reader(self.folder / checkpoint.REPLICATED) as reader:
             return reader.tensor(name)
 
-    def released_rows(self, rows: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the release holds of a block that `rows` gave; the latent is dimension 0 of all, W_enc too."""
-        return {name: tensor.to(dtype) for name, tensor in self._class.export_rows(self.cfg, rows).items()}
-
-    def released_replicated(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the release holds besides."""
-        with Reader(self.folder / checkpoint.REPLICATED) as reader:
-            stored = {name: reader.tensor(name).double() for name in reader.entries if name in self._class.replicated}
-        return {name: tensor.to(dtype) for name, tensor in self._class.export_replicated(self.cfg, stored).items()}
+    def released(self, start: int, stop: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the release holds of latents ``start..stop`` (W_enc as ``[d_in, stop - start]``) and what has none."""
+        sae = self.unscaled_block(start, stop)
+        return {name: cast(name, tensor, dtype) for name, tensor in sae.inference_state_dict().items()}
 
     def inference_config(self) -> dict[str, Any]:
         """The fields of the release's cfg.json, without dtype and metadata of the release."""
-        return self._class.inference_config(self.cfg)
+        return dict(self.cfg.get_inference_sae_cfg_dict())
 
 
 def export_sae(
@@ -118,19 +140,33 @@ def export_sae(
 
 def write_weights(sae: StoredSAE, path: Path, dtype: torch.dtype) -> None:
     """The single file of weights, as SAELens has them: W_enc ``[d_in, d_sae]``, all others with the latent first."""
-    replicated = sae.released_replicated(dtype)
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in replicated.items()}
-    for name, row in sae.released_rows(sae.rows(0, 1), dtype).items():
-        shapes[name] = (sae.d_in, sae.d_sae) if name == "W_enc" else (sae.d_sae, *row.shape[1:])
-    with Writer(path, {name: (dtype, shape) for name, shape in shapes.items()}) as file:
-        for name, tensor in replicated.items():
-            file.tensor(name, tensor)
+    layout = {}
+    for name, tensor in sae.released(0, 1, dtype).items():
+        shape, axis = list(tensor.shape), sae.latent_axis[name]
+        if axis is not None:
+            shape[axis] = sae.d_sae
+        layout[name] = tensor.dtype, shape
+    with Writer(path, layout) as file:
         for start, stop in sae.blocks():
-            for name, rows in sae.released_rows(sae.rows(start, stop), dtype).items():
-                if name == "W_enc":
-                    file.columns(name, start, rows.T)
-                else:
-                    file.rows(name, start, rows)
+            for name, tensor in sae.released(start, stop, dtype).items():
+                axis = sae.latent_axis[name]
+                if axis == 0:
+                    file.rows(name, start, tensor)
+                elif axis == 1:
+                    file.columns(name, start, tensor)
+                elif start == 0:
+                    file.tensor(name, tensor)
+
+
+def read_block(sae: StoredSAE, file: Reader, start: int, stop: int) -> dict[str, Tensor]:
+    """Latents ``start..stop`` of every tensor in a file of weights, and what has no latents, as stored."""
+    found = {}
+    for name, axis in sae.latent_axis.items():
+        if axis is None:
+            found[name] = file.tensor(name)
+        else:
+            found[name] = (file.rows if axis == 0 else file.columns)(name, start, stop)
+    return found
 
 
 def write_sparsity(sae: StoredSAE, path: Path) -> None:
@@ -155,9 +191,10 @@ def tolerance(dtype: str) -> float:
 def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> float:
     """Compares the weights in ``path`` with the checkpoint: bit for bit with a new fold, and by what they compute.
 
-    16 random rows go through the shards' weights as they were trained (with the decoder's norms) and through the file
-    as a reader of ``cfg`` uses it. Compared are all pre-activations, and the reconstructions from the latents that the
-    shards select: selecting twice would report near-ties, which any rounding flips, as large differences.
+    16 random rows go through the shards' weights as they were trained and through the file as a reader of ``cfg`` uses
+    it. Compared are all pre-activations, after a scale of the inputs is taken from the weights (some are in units of
+    the decoder's norms, which it changes), and the reconstructions from the largest pre-activations of each row by the
+    trained weights: selecting twice would report near-ties, which any rounding flips, as large differences.
 
     Returns:
         max |a - b| / max |b|, the larger of the two comparisons.
@@ -166,27 +203,17 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
         ExportError: they differ, or are not finite.
     """
     x = torch.randn(CHECK_ROWS, sae.d_in, dtype=torch.float64, generator=generator("export check", sae_id))
-    dtype = DTYPES[cfg["dtype"]]
-    trained_b_dec = sae.replicated("b_dec").double()
-    pre, released_pre = x.new_empty(CHECK_ROWS, sae.d_sae), x.new_empty(CHECK_ROWS, sae.d_sae)
+    pre, unscaled_pre, released_pre = x.new_empty(3, CHECK_ROWS, sae.d_sae)
     with Reader(path) as file:
-        for name, tensor in sae.released_replicated(dtype).items():
-            _require_equal(sae_id, name, file.tensor(name), tensor)
-        b_dec = file.tensor("b_dec").double()
         for start, stop in sae.blocks():
-            rows = sae.rows(start, stop)
-            pre[:, start:stop] = _encode(asdict(sae.cfg), trained_b_dec, _trained(rows), x)
-            folded = sae.released_rows(rows, dtype)
-            del rows
-            released = {name: _released(file, name, start, stop) for name in folded}
-            for name, tensor in folded.items():
-                _require_equal(sae_id, name, released[name], tensor)
-            released_pre[:, start:stop] = _encode(cfg, b_dec, released, x)
-
-        x_hat, released_x_hat = _reconstruct(sae, file, cfg, pre, released_pre)
-        x_hat += trained_b_dec
-        released_x_hat += b_dec
-    difference = max(_relative(released_pre, pre), _relative(released_x_hat, x_hat))
+            found = read_block(sae, file, start, stop)
+            for name, tensor in sae.released(start, stop, DTYPES[cfg["dtype"]]).items():
+                _require_equal(sae_id, name, found[name], tensor)
+            pre[:, start:stop] = sae.block(start, stop).encode_with_hidden_pre(x * sae.scale)[1]
+            unscaled_pre[:, start:stop] = sae.unscaled_block(start, stop).encode_with_hidden_pre(x)[1]
+            released_pre[:, start:stop] = _reader_s(cfg, found, path).pre_activations(x)
+        x_hat, released_x_hat = _reconstruct(sae, file, cfg, x, pre, released_pre)
+    difference = max(_relative(released_pre, unscaled_pre), _relative(released_x_hat, x_hat))
     if difference > tolerance(cfg["dtype"]):
         raise ExportError(
             f"{sae_id}: the released SAE differs from the sharded one by {difference:.1e} (relative), "
@@ -195,39 +222,34 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
     return difference
 
 
+def _reader_s(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> SAE:
+    """A block of the release as its readers have it, computing in float64."""
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    return build({**cfg, "d_sae": tensors["W_dec"].shape[0]}, wide, str(path))
+
+
 def _reconstruct(
-    sae: StoredSAE, file: Reader, cfg: Mapping[str, Any], pre: Tensor, released_pre: Tensor
+    sae: StoredSAE, file: Reader, cfg: Mapping[str, Any], x: Tensor, pre: Tensor, released_pre: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Both reconstructions ``[B, d_in]`` without b_dec, from the latents that ``pre [B, d_sae]`` selects."""
-    latents = pre.topk(sae.cfg.k).indices
+    """Both reconstructions ``[B, d_out]`` of ``x``, from the largest of ``pre [B, d_sae]`` in each row."""
+    latents = pre.topk(min(CHECK_LATENTS, sae.d_sae)).indices
     acts = torch.zeros_like(pre).scatter_(1, latents, pre.gather(1, latents).relu())
     released_acts = torch.zeros_like(pre).scatter_(1, latents, released_pre.gather(1, latents).relu())
-    x_hat, released_x_hat = torch.zeros(2, len(pre), sae.d_in, dtype=torch.float64)
+    trained = released = torch.zeros((), dtype=torch.float64)
     for start, stop in sae.blocks():
-        W_dec = read_rows(sae.folder, "W_dec", start, stop, torch.float64)
-        x_hat += _decode(asdict(sae.cfg), W_dec, acts[:, start:stop])
-        released_x_hat += _decode(cfg, file.rows("W_dec", start, stop).double(), released_acts[:, start:stop])
-    return x_hat, released_x_hat
+        reader = _reader_s(cfg, read_block(sae, file, start, stop), file.path)
+        block = sae.block(start, stop)
+        trained = trained + _decoded(block, x * sae.scale, acts[:, start:stop], first=start == 0)
+        released = released + _decoded(reader, x, released_acts[:, start:stop], first=start == 0)
+    return trained / sae.target_scale, released
 
 
-def _trained(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"W_enc": rows["W_enc_rows"], "W_dec": rows["W_dec"], "b_enc": rows["b_enc"]}
-
-
-def _released(file: Reader, name: str, start: int, stop: int) -> Tensor:
-    """Latents ``start..stop`` of a released tensor, latent first, as stored."""
-    return file.columns(name, start, stop).T if name == "W_enc" else file.rows(name, start, stop)
-
-
-def _encode(cfg: Mapping[str, Any], b_dec: Tensor, block: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Float64 pre-activations ``[B, n]`` of a TopK SAE: a block of n latents (W_enc as rows) and ``x [B, d_in]``."""
-    pre = (x - b_dec if cfg["apply_b_dec_to_input"] else x) @ block["W_enc"].double().T + block["b_enc"].double()
-    return pre * decoder_norms(block["W_dec"].double()) if cfg["rescale_acts_by_decoder_norm"] else pre
-
-
-def _decode(cfg: Mapping[str, Any], W_dec: Tensor, acts: Tensor) -> Tensor:
-    """What a block's activations ``[B, n]`` add to the reconstruction ``[B, d_in]``; ``W_dec [n, d_in]``, float64."""
-    return (acts / decoder_norms(W_dec) if cfg["rescale_acts_by_decoder_norm"] else acts) @ W_dec
+def _decoded(block: TrainingSAE | SAE, x: Tensor, acts: Tensor, *, first: bool) -> Tensor:
+    """What a block's ``acts [B, n]`` add to the reconstruction ``[B, d_out]``; the first block has the rest of it."""
+    block.process_sae_in(x)  # decoding goes by these rows' statistics
+    nothing = block.decode(torch.zeros_like(acts))
+    added = block.decode(acts) - nothing
+    return added + block.add_skip(nothing, x) if first else added
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

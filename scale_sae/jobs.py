@@ -1,10 +1,11 @@
 """What a run trains: each entry of ``saes:`` at each of its hookpoints, as SAE jobs."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from scale_sae.activations.source import inspect_model, match_hookpoints
-from scale_sae.config import RunConfig, TrainConfig
+from scale_sae.activations.source import fill_pattern, inspect_model, match_hookpoints
+from scale_sae.config import InitFrom, RunConfig, SAEEntry, TrainConfig
 from scale_sae.config_schema import STREAM_KEYS
 from scale_sae.errors import UserError
 from scale_sae.saes import registry
@@ -12,29 +13,39 @@ from scale_sae.saes.base import TrainingSAEConfig
 from scale_sae.topology import Job
 
 # What an entry of ``saes`` may hold besides the options of its architecture.
-ENTRY_KEYS = ("architecture", "name", "hookpoints", *(f.name for f in fields(TrainConfig) if f.name not in STREAM_KEYS))
+ENTRY_KEYS = (
+    *(f.name for f in fields(SAEEntry) if f.name not in ("train", "options")),
+    *(f.name for f in fields(TrainConfig) if f.name not in STREAM_KEYS),
+)
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One SAE job. ``train`` holds the run's training settings with the entry's own in their place."""
+    """One SAE job. ``train`` holds the run's training settings with the entry's own in their place.
+
+    ``target`` is the hookpoint of what it reconstructs: ``hookpoint`` itself, but for transcoders.
+    """
 
     sae_id: str
     hookpoint: str
+    target: str
     entry: int
     architecture: str
     cfg: TrainingSAEConfig
     train: TrainConfig
+    init_from: InitFrom | None
 
     @property
     def planned(self) -> Job:
-        return Job(self.sae_id, self.hookpoint, self.cfg.d_in * self.cfg.d_sae)
+        target = None if self.target == self.hookpoint else self.target
+        return Job(self.sae_id, self.hookpoint, self.cfg.d_in * self.cfg.d_sae, target)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the job (JSON-able)."""
         return {
             "sae_id": self.sae_id,
             "hookpoint": self.hookpoint,
+            "target": self.target,
             "entry": self.entry,
             "architecture": self.architecture,
             "d_in": self.cfg.d_in,
@@ -50,18 +61,75 @@ def resolve(config: RunConfig) -> tuple[dict[str, int], list[JobSpec]]:
     do not both have a name of their own: they would be one folder, or one inside the other.
     """
     patterns = dict.fromkeys(pattern for entry in config.saes for pattern in config.hookpoints_of(entry))
-    widths = inspect_model(config.model, list(patterns), config.topology.lm.tp)
+    widths = _inspect(config, patterns)
     jobs: list[JobSpec] = []
     for index, entry in enumerate(config.saes):
         for hookpoint in match_hookpoints(config.hookpoints_of(entry), widths):
-            key, d_in = f"saes.{index}", widths[hookpoint]
-            cfg = registry.training_config(entry.architecture, d_in, entry.options, key, ENTRY_KEYS)
-            sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
-            for job in jobs:
-                if job.hookpoint == hookpoint and (job.sae_id == sae_id or hookpoint in (job.sae_id, sae_id)):
-                    raise UserError(
-                        f"{key}.name: {entry.name!r} beside saes.{job.entry} at {hookpoint}, which is {job.sae_id}; "
-                        "give each SAE of a hookpoint a name of its own"
-                    )
-            jobs.append(JobSpec(sae_id, hookpoint, index, entry.architecture, cfg, config.train_of(entry)))
-    return widths, jobs
+            job = _job(config, index, hookpoint, widths)
+            _check_folder(job, entry, jobs)
+            jobs.append(job)
+    used = {name for job in jobs for name in (job.hookpoint, job.target)}
+    return {name: width for name, width in widths.items() if name in used}, jobs
+
+
+def _inspect(config: RunConfig, patterns: Iterable[str]) -> dict[str, int]:
+    """Hookpoint → width of all hookpoints that match ``patterns``, and of all targets."""
+    targets = {target: index for index, entry in enumerate(config.saes) for target in config.targets_of(entry)}
+    try:
+        return inspect_model(config.model, [*patterns, *targets], config.topology.lm.tp)
+    except UserError:
+        for target, index in targets.items():  # each by itself, for a message that names its key
+            try:
+                inspect_model(config.model, [target])
+            except UserError as error:
+                raise UserError(str(error).replace("hookpoints:", f"saes.{index}.hookpoint_out:", 1)) from None
+        raise
+
+
+def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int]) -> JobSpec:
+    entry, key = config.saes[index], f"saes.{index}"
+    cfg = registry.training_config(entry.architecture, widths[hookpoint], entry.options, key, ENTRY_KEYS)
+    target = hookpoint
+    if entry.hookpoint_out is not None:
+        target = fill_pattern(config.targets_of(entry), config.hookpoints_of(entry), hookpoint)
+        if target not in widths:
+            raise UserError(f"{key}.hookpoint_out: {target}, for {hookpoint}, is no module of the model")
+    if "d_out" in {f.name for f in fields(cfg)}:
+        if entry.hookpoint_out is None:
+            raise UserError(
+                f"{key}.hookpoint_out: missing; name the hookpoint that the {entry.architecture} is to predict"
+            )
+        cfg = replace(cfg, d_out=_target_width(key, cfg.d_out, hookpoint, target, widths))
+    elif entry.hookpoint_out is not None:
+        raise UserError(
+            f"{key}.hookpoint_out: {target} cannot be the target of {entry.architecture}, which reconstructs its "
+            "input; "
+            "remove the key, or choose a transcoder"
+        )
+    sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
+    train = config.train_of(entry)
+    return JobSpec(sae_id, hookpoint, target, index, entry.architecture, cfg, train, entry.init_from)
+
+
+def _target_width(key: str, d_out: int | None, hookpoint: str, target: str, widths: dict[str, int]) -> int:
+    """d_out of a transcoder; ``UserError`` where it is wrong, or left out where it is not d_in."""
+    width = widths[target]
+    if d_out is None and width != widths[hookpoint]:
+        raise UserError(
+            f"{key}.d_out: missing; {hookpoint} has width {widths[hookpoint]} and {target} has width {width}, so set "
+            f"d_out: {width}"
+        )
+    if d_out is not None and d_out != width:
+        raise UserError(f"{key}.d_out: {d_out} must be {width}, the width of {target}")
+    return width
+
+
+def _check_folder(job: JobSpec, entry: SAEEntry, others: list[JobSpec]) -> None:
+    for other in others:
+        if other.hookpoint == job.hookpoint and (
+            other.sae_id == job.sae_id or job.hookpoint in (other.sae_id, job.sae_id)
+        ):
+            raise UserError(
+                f"saes.{job.entry}.name: {entry.name!r} beside saes.{other.entry} at {job.hookpoint}, which is "
+                f"{other.sae_id}; give each SAE of a hookpoint a name of its own"
+            )

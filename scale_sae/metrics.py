@@ -16,18 +16,11 @@ from torch import Tensor
 from scale_sae.config import LoggingConfig
 
 
-def reconstruction_metrics(x: Tensor, x_hat: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Explained variance ``1 - Σ‖x - x̂‖² / Σ‖x - mean‖²`` over the rows ``[B, d_in]`` of weight 1.
-
-    ``weights`` is ``[B]`` of zeros and ones. Formula: SAELens 6.54's ``explained_variance``.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, x_hat, weights = x.to(wide), x_hat.to(wide), weights.to(wide)
-    count = weights.sum().clamp(min=1)
-    mean = (x * weights[:, None]).sum(0) / count
-    residual = ((x - x_hat).square().sum(1) * weights).sum()
-    total = ((x - mean).square().sum(1) * weights).sum()
-    return {"metrics/explained_variance": 1 - residual / total}
+def explained_variance(target: Tensor, output: Tensor) -> Tensor:
+    """``1 - Σ‖y - ŷ‖² / Σ‖y - mean‖²`` over the rows ``[n, d]``, scalar. Formula: SAELens 6.54's."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    target, output = target.to(wide), output.detach().to(wide)
+    return 1 - (target - output).square().sum() / (target - target.mean(0)).square().sum()
 
 
 class MetricsWriter:

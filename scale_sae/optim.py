@@ -95,7 +95,7 @@ class Optimizer:
     def replicated_tensors(self) -> dict[str, Tensor]:
         """What is the same on every shard: moments of replicated parameters, Adam's step counts, ``skipped``."""
         steps = {f"adam.step.{name}": self.adam.state[p]["step"] for name, p in self.parameters.items()}
-        return self._moments(self.sae.replicated) | steps | {"skipped": self.skipped}
+        return self._moments(self.sae.replicated & self.parameters.keys()) | steps | {"skipped": self.skipped}
 
     def _moments(self, names: set[str] | frozenset[str]) -> dict[str, Tensor]:
         return {

@@ -26,11 +26,15 @@ CONTROL_TIMEOUT = datetime.timedelta(days=7)
 
 @dataclass(frozen=True)
 class Job:
-    """One SAE trained at one hookpoint. ``cost`` is its work per row (d_in · d_sae)."""
+    """One SAE trained at one hookpoint. ``cost`` is its work per row (d_in · d_sae).
+
+    ``target`` is the hookpoint of what it reconstructs, for transcoders; None: its own.
+    """
 
     sae_id: str
     hookpoint: str
     cost: int
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def plan(topology: TopologyConfig, jobs: Sequence[Job], lanes: int) -> Plan:
     per_group = sae.dp * sae.tp
     groups = []
     for index, members in enumerate(split_jobs(jobs, sae.groups)):
-        hookpoints = tuple(dict.fromkeys(jobs[i].hookpoint for i in members))
+        inputs = [jobs[i].hookpoint for i in members]
+        targets = [target for i in members if (target := jobs[i].target) is not None]
+        hookpoints = tuple(dict.fromkeys(inputs + targets))
         ranks = tuple(range(index * per_group, (index + 1) * per_group))
         groups.append(Group(index, ranks, sae.dp, sae.tp, tuple(members), hookpoints))
     n_sae = sae.groups * per_group

@@ -29,6 +29,8 @@ from scale_sae.config import RunConfig, SAEEntry, load, to_dict
 from scale_sae.errors import UserError
 from scale_sae.jobs import JobSpec, resolve
 from scale_sae.metrics import MetricsWriter
+from scale_sae.saes import registry
+from scale_sae.saes.check import check_custom
 from scale_sae.topology import Topology
 from scale_sae.trainer import Stream, Trainer
 
@@ -59,6 +61,21 @@ def agree(attempt: Callable[[], T]) -> T:
         if said is not None:
             raise UserError(said)
     return result  # type: ignore[return-value]
+
+
+def check_classes(specs: list[JobSpec], tp: int, device: torch.device) -> None:
+    """Tries the classes that are not this package's on as many shards as the run has. ``UserError`` for a wrong one."""
+    tried: list[tuple[str, Any]] = []
+    for spec in specs:
+        if not registry.is_custom(spec.architecture) or (spec.architecture, spec.cfg) in tried:
+            continue
+        tried.append((spec.architecture, spec.cfg))
+        try:
+            note = check_custom(spec.architecture, spec.cfg, tp, device)
+        except UserError as error:
+            raise UserError(f"saes.{spec.entry}.architecture: {error}") from error
+        if note is not None:
+            print(f"note: saes.{spec.entry}.architecture: {note}", file=sys.stderr, flush=True)
 
 
 class Run:
@@ -132,20 +149,28 @@ class Run:
         start = Start(stream["chunks_inserted"], stream["rows_inserted"])
         runs_lm = self.place.plan.replica_of(self.place.rank) is not None
 
-        def prepare() -> tuple[Any, ActivationSource | None, Trainer | None]:
-            chunks, source, trainer = None, None, None
+        def prepare_saes() -> Trainer | None:
+            if self.place.group is None:
+                return None
+            trainer = Trainer(self.config, self.specs, self.widths, self.schedule, self.place, self.dtype)
+            if found is None:
+                trainer.start()
+            else:
+                trainer.load(found)
+            return trainer
+
+        def prepare_lm() -> tuple[Any, ActivationSource | None]:
+            chunks, source = None, None
             if runs_lm:
                 # One bar per rank says nothing; the training bar follows.
                 transformers.utils.logging.disable_progress_bar()
                 chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
                 source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh)
-            if self.place.group is not None:
-                trainer = Trainer(self.config, self.specs, self.widths, self.schedule, self.place, self.dtype)
-                if found is not None:
-                    trainer.load(found)
-            return chunks, source, trainer
+            return chunks, source
 
-        chunks, source, trainer = agree(prepare)
+        # First what a user may have got wrong and is soon found out, then the model.
+        trainer = agree(prepare_saes)
+        chunks, source = agree(prepare_lm)
         self._begin(found)
         forwarded: Sender | ColocatedExchange | None
         if trainer is None:
@@ -264,6 +289,8 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
         agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
         widths, specs = agree(lambda: resolve(config))
         planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
+        # One rank is enough: the check simulates the shards.
+        agree(lambda: check_classes(specs, config.topology.sae.tp, device) if rank == 0 else None)
         place = topology.build(planned, rank, device, backend, store)
         before = "\n"  # the main process may be in the middle of its progress bar's line
         Run(config, place, specs, widths, stop).train()

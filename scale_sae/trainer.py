@@ -16,14 +16,13 @@ from scale_sae import checkpoint
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.transport import ReceivedChunk
-from scale_sae.collectives import NonFiniteError, Shard
+from scale_sae.collectives import NonFiniteError
 from scale_sae.config import RunConfig, to_dict
 from scale_sae.errors import UserError
+from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import JobSpec
-from scale_sae.metrics import MetricsWriter, reconstruction_metrics, to_floats
-from scale_sae.optim import Optimizer, learning_rate
-from scale_sae.saes import registry
-from scale_sae.saes.base import TrainStepInput, TrainStepOutput
+from scale_sae.metrics import MetricsWriter, to_floats
+from scale_sae.optim import learning_rate
 from scale_sae.topology import Topology
 
 # A row whose norm is more than this many times the batch's median is left out: massive activations, which some models
@@ -45,106 +44,15 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def weigh_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x with unusable rows zeroed, weights [B] of 0 and 1, count of non-finite rows, count of outlier rows).
+def usable_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(bool [B]: which rows count, count of non-finite rows, count of outlier rows).
 
     A function of the batch ``[B, d_in]`` alone, so that all shards agree without a message.
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     finite = torch.isfinite(norms)
-    median = torch.where(finite, norms, torch.nan).nanmedian()
-    usable = finite & (norms <= OUTLIER_RATIO * median)
-    x = torch.where(usable[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x, usable.to(x.dtype), (~finite).sum(), (finite & ~usable).sum()
-
-
-class JobTrainer:
-    """One SAE in training on this rank: its shard, optimizer and counters (all per latent tensors are local rows)."""
-
-    def __init__(self, spec: JobSpec, shard: Shard, device: torch.device, seed: int, total_steps: int):
-        self.spec = spec
-        self.shard = shard
-        self.total_steps = total_steps
-        self.sae = registry.create(spec.cfg, shard, device)
-        self.sae.initialize(seed, spec.hookpoint)
-        self.optimizer = Optimizer(self.sae, shard, spec.train, total_steps)
-        rows = shard.rows(spec.cfg.d_sae)
-        self.start = rows.start
-        n = rows.stop - rows.start
-        self.tokens_since_fired = torch.zeros(n, dtype=torch.int64, device=device)
-        self.fired_count = torch.zeros(n, dtype=torch.int64, device=device)
-        self.window_tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.frozen = torch.zeros((), dtype=torch.bool)
-
-    def step(self, x: Tensor, weights: Tensor, step: int, is_logging_step: bool) -> dict[str, Tensor]:
-        """One update on the batch ``x [B, d_in]``; returns the step's metrics (empty unless it logs)."""
-        train = self.spec.train
-        if step % train.feature_sampling_window == 0:
-            self.fired_count.zero_()
-            self.window_tokens.zero_()
-        dead = self.tokens_since_fired > train.dead_feature_window_tokens
-        # No latent can be dead before the window has passed once, and this is known without asking the device.
-        may_be_dead = step * train.train_batch_size_tokens > train.dead_feature_window_tokens
-        num_dead = int(self.shard.all_reduce(dead.sum())) if may_be_dead else 0
-        output = self.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=x,
-                dead_neuron_mask=dead,
-                coefficients={},
-                n_training_steps=step,
-                is_logging_step=is_logging_step,
-                row_weights=weights,
-                num_dead=num_dead,
-            )
-        )
-        grad_norm = self.optimizer.step(output.loss, step)
-        self._count(output, weights)
-        if not is_logging_step:
-            return {}
-        return self._metrics(output, weights, grad_norm, dead)
-
-    def _count(self, output: TrainStepOutput, weights: Tensor) -> None:
-        rows = (weights > 0).sum()  # not the sum of weights, which bfloat16 would round
-        self.tokens_since_fired += rows
-        self.tokens_since_fired.masked_fill_(output.fired, 0)
-        self.fired_count += output.fire_counts
-        self.window_tokens += rows
-
-    def _metrics(self, output: TrainStepOutput, weights: Tensor, grad_norm: Tensor, dead: Tensor) -> dict[str, Tensor]:
-        usable = weights > 0
-        sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum()]))
-        return {
-            "losses/overall_loss": output.loss,
-            **{f"losses/{name}": value for name, value in output.losses.items()},
-            **reconstruction_metrics(output.sae_in, output.sae_out, weights),
-            "metrics/l0": (output.l0 * usable).sum() / usable.sum().clamp(min=1),
-            **{f"metrics/{name}": value for name, value in output.metrics.items()},
-            "sparsity/dead_features": sums[0],
-            "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
-            "details/grad_norm": grad_norm,
-            "details/skipped_updates": self.optimizer.skipped,
-        }
-
-    def row_tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds of this shard's latents: dim 0 is the latent."""
-        parameters = {n: p.data for n, p in self.sae.named_parameters() if n not in self.sae.replicated}
-        counters = {"tokens_since_fired": self.tokens_since_fired, "fired_count": self.fired_count}
-        return {**parameters, **self.optimizer.row_tensors(), **counters}
-
-    def replicated_tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds once per SAE."""
-        parameters = {n: p.data for n, p in self.sae.named_parameters() if n in self.sae.replicated}
-        counters = {"window_tokens": self.window_tokens, "frozen": self.frozen}
-        return {**parameters, **self.optimizer.replicated_tensors(), **counters}
-
-    def check_replicas(self) -> None:
-        """``RuntimeError`` unless the replicated parameters are bit for bit the same on all shards."""
-        for name in sorted(self.sae.replicated):
-            value = self.sae.get_parameter(name).data
-            if not torch.equal(self.shard.all_reduce(value, "max"), self.shard.all_reduce(value, "min")):
-                raise RuntimeError(
-                    f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it"
-                )
+    usable = finite & (norms <= OUTLIER_RATIO * torch.where(finite, norms, torch.nan).nanmedian())
+    return usable, (~finite).sum(), (finite & ~usable).sum()
 
 
 class Trainer:
@@ -240,28 +148,64 @@ class Trainer:
         step = self.step
         every = self.config.logging.log_every_steps
         is_logging_step = step == 0 or (step + 1) % every == 0 or step + 1 == self.schedule.steps
-        batch = {}
-        for name, rows in self.buffer.draw(step).items():
-            x, weights, non_finite, outliers = weigh_rows(self.topology.shard.all_gather(rows).flatten(0, 1))
+        if step == 0:
+            self._set_scales()
+        rows, usable = {}, {}
+        for name, part in self.buffer.draw(step).items():
+            rows[name] = self.topology.shard.all_gather(part).flatten(0, 1)
+            usable[name], non_finite, outliers = usable_rows(rows[name])
             self.left_out[name] += torch.stack([non_finite, outliers])
-            batch[name] = x, weights
+        batches = self._batches(rows, usable)
         measured = []
         for job in self.jobs:
             if job.frozen:
                 continue
-            x, weights = batch[job.spec.hookpoint]
-            dtype = job.sae.b_dec.dtype
+            x, target = batches[job.spec.hookpoint, job.spec.target]
             try:
-                measured.append((job, job.step(x.to(dtype), weights.to(dtype), step, is_logging_step)))
+                metrics = job.step(x, target, step, is_logging_step)
             except NonFiniteError:
                 # Raised on all shards at once, so they stay in step.
                 job.frozen.fill_(True)
+                continue
+            if metrics:
+                measured.append((job, metrics))
         self.step += 1
         if writer is not None:
             writer.advance()
         if is_logging_step:
             self._check_non_finite()
             self._log(measured, writer)
+
+    def _batches(
+        self, rows: Mapping[str, Tensor], usable: Mapping[str, Tensor]
+    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """(hookpoint, target) → the rows of both that count at both, the same object where they are one."""
+        pairs = list(dict.fromkeys((job.spec.hookpoint, job.spec.target) for job in self.jobs))
+        both = [usable[source] & usable[target] for source, target in pairs]
+        counts = torch.stack([mask.sum() for mask in both]).tolist()  # the one value of a batch that the host reads
+        batches = {}
+        for (source, target), mask, count in zip(pairs, both, counts, strict=True):
+            x = rows[source] if count == len(mask) else rows[source][mask]
+            y = x if source == target else rows[target] if count == len(mask) else rows[target][mask]
+            batches[source, target] = x, y
+        return batches
+
+    def _set_scales(self) -> None:
+        """Finds √d_in / mean norm of the rows in the buffer, for the SAEs that scale their inputs by it.
+
+        The buffer's first filling: many rows, none held for this alone, the same whatever the topology.
+        """
+        scales: dict[str, float] = {}
+        for job in self.jobs:
+            if not job.scales_inputs:
+                continue
+            for name in (job.spec.hookpoint, job.spec.target):
+                if name not in scales:
+                    norms = self.topology.shard.all_gather(self.buffer.row_norms(name)).flatten()
+                    norms = norms[norms.isfinite()]
+                    mean = norms[norms <= OUTLIER_RATIO * norms.median()].mean()
+                    scales[name] = float(self.buffer.rows[name].shape[2] ** 0.5 / mean)
+            job.set_scales(scales[job.spec.hookpoint], scales[job.spec.target])
 
     # ---- logging and guards ---------------------------------------------------------------------------------------
 
@@ -327,6 +271,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this step, all SAE ranks together. It appears complete or not at all."""
         for job in self.jobs:
+            job.fit_for_release()
             job.check_replicas()
         if self.is_main:
             checkpoint.begin(self.run_dir, self.step)
@@ -369,6 +314,11 @@ class Trainer:
                 "cursor": self.cursor,
             },
         }
+
+    def start(self) -> None:
+        """Begins a new run, from the weights of releases where the config says so. ``UserError`` if they do not fit."""
+        for job in self.jobs:
+            job.load_release()
 
     def load(self, folder: Path) -> None:
         """Takes up the run from a complete checkpoint, whatever topology wrote it."""

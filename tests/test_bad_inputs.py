@@ -23,6 +23,7 @@ from harness import renew_thread_pool
 from scale_sae import checkpoint, config, jobs, rundir, train
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.embedded import MODEL_FOLDER
+from scale_sae.errors import UserError
 
 # A run that ends takes 1 to 3 s; the rest is for a busy machine. A rank that waits for a lost one waits an hour.
 TIMEOUT = 60
@@ -117,10 +118,12 @@ def short_config(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What every rank would import and build by itself: forked ranks have it from the start."""
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config. What every rank would import and build for it by itself, forked ranks have from the start."""
     folder = tmp_path_factory.mktemp("loaded")
-    jobs.resolve(config.load(runs.write_config(folder, short_config(folder))))
+    tree = short_config(folder)
+    jobs.resolve(config.load(runs.write_config(folder, tree)))
+    return tree
 
 
 # ---- before anything is trained --------------------------------------------------------------------------------------
@@ -173,6 +176,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "misspelt option of an SAE": ({"saes.0.aux_loss_coeficient": 1}, ["saes.0", "did you mean aux_loss_coefficient"]),
     "unknown architecture": ({"saes.0.architecture": "topkk"}, ["saes.0.architecture", "topkk", "did you mean topk"]),
+    "a transcoder without a target": (
+        {"saes.0": {"architecture": "transcoder", "d_sae": 64}},
+        ["saes.0.hookpoint_out: missing", "name the hookpoint"],
+    ),
+    "a release to start from that is not there": (
+        {"saes.0.init_from": "./no/release"},
+        ["saes.0.init_from", "./no/release"],
+    ),
     "missing model": ({"model.name": "./no/model"}, ["model.name", "./no/model", "cannot be loaded"]),
     "missing model on the hub": (
         {"model.name": "nobody/nothing"},
@@ -186,15 +197,176 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_training(name: str, tmp_path: Path) -> None:
+def test_refused_before_training(name: str, tmp_path: Path, loaded: dict[str, Any]) -> None:
     overrides, words = REFUSED[name]
-    tree = short_config(tmp_path)
-    path = runs.write_config(tmp_path, tree)
+    path = runs.write_config(tmp_path, {**loaded, "output_dir": str(tmp_path / "run")})
     world = 4 if "LM tp" in name else 3
     check_refused(end_of(path, world, overrides), words)
     # No trace but the lock of a folder that was free: corrected, the run starts there as if nothing had been.
     assert set(contents(tmp_path / "run")) <= {".lock"}
-    assert set(contents(tmp_path / "run")) == ({".lock"} if "data." in words[0] else set())
+    reads = "data." in words[0] or "init_from" in words[0]
+    assert set(contents(tmp_path / "run")) == ({".lock"} if reads else set())
+
+
+TRANSCODER = {
+    "architecture": "transcoder",
+    "d_sae": 64,
+    "hookpoints": ["model.layers.*.mlp:in"],
+    "hookpoint_out": "model.layers.*.mlp",
+}
+# From 640 to 256 values.
+NARROWING = TRANSCODER | {"hookpoints": ["model.layers.1.mlp.down_proj:in"], "hookpoint_out": "model.layers.1.mlp"}
+MATRYOSHKA = {"architecture": "matryoshka_batchtopk", "d_sae": 64, "k": 4}
+JUMPRELU = {"architecture": "jumprelu", "d_sae": 64}
+QUADRATIC = JUMPRELU | {"jumprelu_sparsity_loss_mode": "quadratic"}
+STANDARD = {"architecture": "standard", "d_sae": 64}
+TOPK = {"d_sae": 64, "k": 4}
+OWN = "my_saes:"
+# name → (entry of saes, what the line must tell)
+ENTRIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "an architecture like another": (
+        STANDARD | {"architecture": "jump_relu"},
+        [".architecture", "'jump_relu'", "did you mean jumprelu, ", "known are abstopk, batchtopk, ", "module:Class"],
+    ),
+    "an option of others": (
+        TOPK | {"l1_coefficient": 1},
+        [".l1_coefficient: not an option of topk", "but of gated, ", "standard", "options are", "aux_loss_coefficient"],
+    ),
+    "a k without a choice of k": (STANDARD | {"k": 4}, [".k: not an option of standard", "but of abstopk, ", "topk"]),
+    "a misspelt option": (STANDARD | {"l1_coeficient": 1}, [".l1_coeficient", "did you mean l1_coefficient"]),
+    "another width than the hookpoint's": (TOPK | {"d_in": 13}, [".d_in: 13 must be 256", "leave it out"]),
+    "a share as k": (TOPK | {"k": 0.05}, [".k: 0.05 must be an integer"]),
+    "half a latent": (TOPK | {"k": 4.5}, [".k: 4.5 must be an integer"]),
+    "no number as k": (TOPK | {"k": None}, [".k: None is not a number"]),
+    "no latent": (MATRYOSHKA | {"k": 0, "matryoshka_widths": [16]}, [".k: 0 must be above 0 and at most d_sae"]),
+    "no widths": (MATRYOSHKA, [".matryoshka_widths: []", "for example [512, 2048]"]),
+    "empty widths": (MATRYOSHKA | {"matryoshka_widths": []}, [".matryoshka_widths: []", "for example [512, 2048]"]),
+    "falling widths": (MATRYOSHKA | {"matryoshka_widths": [32, 16]}, [".matryoshka_widths: [32, 16]", "increase"]),
+    "equal widths": (MATRYOSHKA | {"matryoshka_widths": [16, 16]}, [".matryoshka_widths: [16, 16]", "increase"]),
+    "a width of 0": (MATRYOSHKA | {"matryoshka_widths": [0, 16]}, [".matryoshka_widths: [0, 16]", "positive"]),
+    "a width above d_sae": (
+        MATRYOSHKA | {"matryoshka_widths": [16, 65]},
+        [".matryoshka_widths: [16, 65] must not exceed d_sae (64)"],
+    ),
+    "shares as widths": (
+        MATRYOSHKA | {"matryoshka_widths": [0.25, 1.0]},
+        [".matryoshka_widths: [0.25, 1.0] must be a list, each item an integer"],
+    ),
+    "one width": (MATRYOSHKA | {"matryoshka_widths": 16}, [".matryoshka_widths: 16 must be a list"]),
+    "two widths and no d_out": (NARROWING, [".d_out: missing", "640", "256", "set d_out: 256"]),
+    "a wrong d_out": (NARROWING | {"d_out": 640}, [".d_out: 640 must be 256, the width of model.layers.1.mlp"]),
+    "a target for an SAE that has none": (
+        TOPK | {"hookpoint_out": "model.layers.1.mlp"},
+        [".hookpoint_out: model.layers.1.mlp", "topk, which reconstructs its input", "choose a transcoder"],
+    ),
+    "an unknown target": (
+        TRANSCODER | {"hookpoint_out": "model.layers.1.mpl"},
+        [".hookpoint_out: model.layers.1.mpl matches no module", "did you mean model.layers.1.mlp"],
+    ),
+    "a target that is no activation": (
+        TRANSCODER | {"hookpoint_out": "model.layers"},
+        [".hookpoint_out: model.layers is called 0 times"],
+    ),
+    "a target that some layers lack": (
+        TRANSCODER | {"hookpoint_out": "model.layers.1*.mlp"},
+        [".hookpoint_out: model.layers.10.mlp, for model.layers.0.mlp:in, is no module of the model"],
+    ),
+    "a target with more *": (
+        TRANSCODER | {"hookpoint_out": "model.*.*.mlp"},
+        [".hookpoint_out: 'model.*.*.mlp' has more * than model.layers.*.mlp:in", "stands for"],
+    ),
+    "targets that are too few": (
+        TRANSCODER | {"hookpoints": ["model.layers.1.mlp:in", "model.layers.2.mlp:in"], "hookpoint_out": ["a.b"]},
+        [".hookpoint_out: ['a.b']", "one for each of the 2 hookpoints"],
+    ),
+    "a target that is no text": (TRANSCODER | {"hookpoint_out": [5]}, [".hookpoint_out.0: 5 is not text"]),
+    "b_dec before a transcoder's encoder": (
+        TRANSCODER | {"apply_b_dec_to_input": True},
+        [".apply_b_dec_to_input: True must be false"],
+    ),
+    "layer_norm of a transcoder": (
+        TRANSCODER | {"normalize_activations": "layer_norm"},
+        [".normalize_activations: 'layer_norm' must be none or expected_average_only_in"],
+    ),
+    "an unknown normalization": (
+        TOPK | {"normalize_activations": "layernorm"},
+        [".normalize_activations: 'layernorm' must be none or", " or layer_norm or constant_norm_rescale"],
+    ),
+    "quadratic without a target": (QUADRATIC, [".target_l0: None must be above 0", "(64)", "quadratic"]),
+    "quadratic with a target above d_sae": (
+        QUADRATIC | {"target_l0": 65},
+        [".target_l0: 65 must be above 0 and at most d_sae (64)"],
+    ),
+    "an unknown loss": (
+        JUMPRELU | {"jumprelu_sparsity_loss_mode": "tan"},
+        [".jumprelu_sparsity_loss_mode: 'tan' must be step or tanh or quadratic"],
+    ),
+    "no bandwidth": (JUMPRELU | {"jumprelu_bandwidth": 0}, [".jumprelu_bandwidth: 0 must be above 0"]),
+    "a negative l1": (STANDARD | {"l1_coefficient": -1}, [".l1_coefficient: -1 must be 0 or more"]),
+    "a negative warm-up": (STANDARD | {"l1_warm_up_steps": -1}, [".l1_warm_up_steps: -1 must be 0 or more"]),
+    "a negative l0": (JUMPRELU | {"l0_coefficient": -0.5}, [".l0_coefficient: -0.5 must be 0 or more"]),
+    "a negative loss of the dead": (
+        JUMPRELU | {"pre_act_loss_coefficient": -1},
+        [".pre_act_loss_coefficient: -1 must be 0 or more, or null"],
+    ),
+    "a negative AuxK": (TOPK | {"aux_loss_coefficient": -0.5}, [".aux_loss_coefficient: -0.5 must be 0 or more"]),
+    "an infinite AuxK": (
+        TOPK | {"aux_loss_coefficient": float("inf")},
+        [".aux_loss_coefficient: inf must be a number"],
+    ),
+    "a norm of order 0": (STANDARD | {"lp_norm": 0}, [".lp_norm: 0 must be above 0"]),
+    "a release that is a list": (TOPK | {"init_from": ["a"]}, [".init_from: ['a']", "user/repo:sae_id", "mapping of"]),
+    "a release without a name": (TOPK | {"init_from": {"release": ""}}, [".init_from: ", "names no release"]),
+    "a misspelt key of a release": (
+        TOPK | {"init_from": {"relese": "x"}},
+        [".init_from.relese: unknown key", "'x'", "did you mean release"],
+    ),
+    "a class in no module": (
+        STANDARD | {"architecture": "no_saes:SAE"},
+        [".architecture: no_saes cannot be imported", "No module named 'no_saes'", "PYTHONPATH"],
+    ),
+    "a module that fails": (
+        STANDARD | {"architecture": "failing_saes:SAE"},
+        [".architecture: failing_saes cannot be imported: ZeroDivisionError"],
+    ),
+    "a class that is not there": (
+        STANDARD | {"architecture": OWN + "MySEA"},
+        [".architecture: my_saes has no class 'MySEA'", "did you mean MySAE"],
+    ),
+    "a class that is no SAE": (
+        STANDARD | {"architecture": OWN + "NoSAE"},
+        [".architecture: my_saes:NoSAE is no subclass of scale_sae.TrainingSAE"],
+    ),
+    "a class without its method": (
+        STANDARD | {"architecture": OWN + "MySAE"},
+        [".architecture: MySAE does not define encode_with_hidden_pre"],
+    ),
+    "a class by the name of its file": (
+        STANDARD | {"architecture": "./my_saes.py:MySAE"},
+        [".architecture: './my_saes.py:MySAE' must be package.module:Class"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_that_cannot_be_trained(
+    name: str, tmp_path: Path, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process alone: that every rank ends with the one line is seen above. No file is touched so early."""
+    entry, words = ENTRIES[name]
+    (tmp_path / "my_saes.py").write_text(
+        "import scale_sae\nclass MySAE(scale_sae.TrainingSAE): pass\nclass NoSAE: pass\n"
+    )
+    (tmp_path / "failing_saes.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = {**loaded, "saes": [entry], "hookpoints": ["model.layers.1"], "output_dir": str(tmp_path / "run")}
+    path = runs.write_config(tmp_path, tree)
+    with pytest.raises(UserError) as refused:
+        jobs.resolve(config.load(path))
+    sys.modules.pop("my_saes", None)
+    line = str(refused.value)
+    assert line.startswith(f"saes.0{words[0]}") and [word for word in words if word not in line] == [], line
+    assert "\n" not in line and not (tmp_path / "run").exists()
 
 
 def test_refused_without_a_readable_config(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness import run_ranks
 from scale_sae import collectives
-from scale_sae.collectives import NonFiniteError, Shard, select_topk
+from scale_sae.collectives import NonFiniteError, Shard, select_batch_topk, select_topk
 from scale_sae.errors import UserError
 
 B, N = 48, 256
@@ -48,6 +48,12 @@ def ties_across_shards() -> Tensor:
     return x
 
 
+def one_hot_row() -> Tensor:
+    x = -gaussian().abs()
+    x[B // 3] *= -1
+    return x
+
+
 def cut_in_some_rows() -> Tensor:
     return torch.where(torch.arange(B)[:, None] % 3 == 0, (2 * gaussian()).round(), gaussian())
 
@@ -62,6 +68,7 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "all equal": lambda: torch.ones(B, N, dtype=torch.float64),
     "zeros of both signs": with_zeros_of_both_signs,
     "one hot shard": one_hot_shard,
+    "one hot row": one_hot_row,
     "tiny": lambda: 1e-30 * gaussian(),
     "huge": lambda: gaussian().clamp(-1, 1).sign() * torch.finfo(torch.bfloat16).max,
     "huge and different": lambda: 1e38 * gaussian().clamp(-3, 3),
@@ -127,25 +134,125 @@ def test_no_rows_and_no_latents() -> None:
         assert rows.shape == latents.shape == (0,)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_rank_reports_a_non_finite_score(size: int, bad: float) -> None:
-    def worker(rank: int, world: int) -> tuple[list[bool], float]:
-        shard = shard_of(rank, world)
-        raised = []
-        for dtype in DTYPES:
-            for signed in (False, True):
-                scores = gaussian().to(dtype)
-                scores[B - 1, N - 3] = bad  # on the last shard alone
-                own = scores[:, shard.rows(N)]
-                try:
-                    select_topk(own, 4, shard, signed=signed)
-                    raised.append(False)
-                except NonFiniteError:
-                    raised.append(True)
-        return raised, shard.all_reduce(torch.ones(())).item()  # the ranks still agree on what comes next
+def batch_reference(scores: Tensor, count: int) -> Tensor:
+    """bool ``[B, n]``: the positives among the first ``count`` by (value descending, row ascending, latent ascending).
 
-    assert run_ranks(size, worker) == [([True] * 6, size)] * size
+    A stable sort of the flat batch, in float64, is that order.
+    """
+    return reference(scores.reshape(1, -1), count, signed=False).view(scores.shape)
+
+
+def denormals(dtype: torch.dtype) -> Tensor:
+    """Values of either sign from the 40 smallest magnitudes that the dtype has."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    draw = torch.Generator().manual_seed(4)
+    return torch.randint(0, 40, (B, N), generator=draw, dtype=bits).view(dtype).copysign(gaussian().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_select_batch_topk_equals_a_stable_sort(size: int, dtype: torch.dtype) -> None:
+    cases = {name: make().to(dtype) for name, make in CASES.items()} | {"denormals": denormals(dtype)}
+    usual, none, everything = 20 * B + 3, 0, B * N
+    assert (cases["denormals"].double() > 0).sum() > usual
+    inputs = {(name, usual): x for name, x in cases.items()}
+    inputs |= {("heavy ties", count): cases["heavy ties"] for count in (none, everything)}
+    if size == 1:  # histograms over gloo are slow
+        # With these, blocks are 64, 16, 2 and 1 latents wide.
+        inputs |= {(name, count): x for name, x in cases.items() for count in (1, 150, everything - 1, everything)}
+
+    def worker(rank: int, world: int) -> dict[object, tuple[Tensor, Tensor]]:
+        shard = shard_of(rank, world)
+        own = shard.rows(N)
+        return {key: select_batch_topk(x[:, own], key[1], shard) for key, x in inputs.items()}
+
+    results = run_ranks(size, worker)
+    bounds = [N * rank // size for rank in range(size + 1)]
+    for key, x in inputs.items():
+        assert_selected(results, key, batch_reference(x, key[1]), bounds)
+
+
+@pytest.mark.parametrize("bounds", [[0, 0, 5, N, N], [0, 100, 101, 101, N], [0, N, N]], ids=str)
+def test_batch_selection_on_uneven_and_empty_shards(bounds: list[int]) -> None:
+    size = len(bounds) - 1
+    names = [name for name in CASES if not name.startswith("huge")]  # which float16 cannot hold
+    # Blocks of 64, wider than some shards, and of 1 to 8, which do not divide some.
+    inputs = {(name, count): CASES[name]().half() for name in names for count in (2, 20 * B + 3)}
+
+    def worker(rank: int, world: int) -> dict[object, tuple[Tensor, Tensor]]:
+        shard, own = shard_of(rank, world), slice(bounds[rank], bounds[rank + 1])
+        return {key: select_batch_topk(x[:, own], key[1], shard) for key, x in inputs.items()}
+
+    results = run_ranks(size, worker)
+    for key, x in inputs.items():
+        assert_selected(results, key, batch_reference(x, key[1]), bounds)
+
+
+def test_batch_selection_of_no_rows_and_no_latents() -> None:
+    for shape in ((0, N), (3, 0), (0, 0)):
+        for count in (0, 4):
+            rows, latents = select_batch_topk(torch.zeros(shape), count, Shard())
+            assert rows.shape == latents.shape == (0,) and rows.dtype == latents.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_batch_selection_looks_at_few_entries_and_sends_few_bytes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, sent = [], []
+    histogram, all_reduce, all_gather = collectives._histogram, Shard.all_reduce, Shard.all_gather
+
+    def counting(keys: Tensor, *args: Any) -> Tensor:
+        counted.append(keys.numel())
+        return histogram(keys, *args)
+
+    def reducing(shard: Shard, x: Tensor) -> Tensor:
+        sent.append(x.nbytes)
+        return all_reduce(shard, x)
+
+    def gathering(shard: Shard, x: Tensor) -> Tensor:
+        sent.append(x.nbytes)
+        return all_gather(shard, x)
+
+    monkeypatch.setattr(collectives, "_histogram", counting)
+    monkeypatch.setattr(Shard, "all_reduce", reducing)
+    monkeypatch.setattr(Shard, "all_gather", gathering)
+    count = 64 * 32
+    scores = torch.randn(64, 8192, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    select_batch_topk(scores.to(dtype), count, Shard())
+    # A quarter of the blocks of 64 reach the bound: a share p of all entries, 1 − (1 − p)**64 = 1/4, that is 1.15 times
+    # count. Float64 keeps 4 bits of mantissa in the bound, which rounds it down by up to 1/16: half as many again.
+    assert counted[0] == scores.numel() // 64 and count <= counted[1] < 1.8 * count
+    histograms = 2 * 2**18 + (dtype.itemsize // 2 - 1) * 2**19
+    assert sum(sent) == histograms + 8 + 4 * 64  # the flag of non-finite scores, and a count of ties per row
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rank_reports_a_non_finite_score(size: int) -> None:
+    bad = (math.nan, -math.nan, math.inf, -math.inf)
+    selections: dict[str, Callable[[Tensor, Shard], object]] = {
+        "topk": lambda own, shard: select_topk(own, 4, shard),
+        "signed topk": lambda own, shard: select_topk(own, 4, shard, signed=True),
+        "batch topk": lambda own, shard: select_batch_topk(own, 4 * B, shard),
+        "batch topk of none": lambda own, shard: select_batch_topk(own, 0, shard),
+    }
+
+    def worker(rank: int, world: int) -> tuple[list[object], float]:
+        shard = shard_of(rank, world)
+        missed: list[object] = []
+        for dtype in DTYPES:
+            for value in bad:
+                scores = gaussian().to(dtype)
+                scores[B - 1, N - 3] = value  # on the last shard alone
+                for name, select in selections.items():
+                    try:
+                        select(scores[:, shard.rows(N)], shard)
+                        missed.append((dtype, value, name))
+                    except NonFiniteError:
+                        pass
+        return missed, shard.all_reduce(torch.ones(())).item()  # the ranks still agree on what comes next
+
+    assert run_ranks(size, worker) == [([], size)] * size
 
 
 def test_only_rows_whose_ties_are_cut_are_selected_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +317,7 @@ def test_all_reduce_and_all_gather_make_new_tensors_of_every_dtype(size: int) ->
 
     def worker(rank: int, world: int) -> None:
         shard = shard_of(rank, world)
+        assert shard.over(world).group is shard.group is not None
         for dtype in dtypes:
             x = torch.full((3, 2), rank + 1).to(dtype).T  # not contiguous
             wanted: dict[Literal["sum", "max", "min"], int] = {"sum": world * (world + 1) // 2, "max": world, "min": 1}
@@ -239,11 +347,16 @@ def test_all_reduce_gives_every_rank_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_rows_and_prefix() -> None:
-    shards = [Shard(rank, 4) for rank in range(4)]
+def test_rows_prefix_and_over() -> None:
+    shards = [Shard(rank, 4).over(8) for rank in range(4)]
+    assert shards[1] == Shard(1, 4, d_sae=8)
     assert [shard.rows(8) for shard in shards] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
     for width in range(9):
-        local = [list(range(2))[shard.prefix(width, 8)] for shard in shards]
+        local = [list(range(2))[shard.prefix(width)] for shard in shards]
         assert [2 * rank + i for rank, part in enumerate(local) for i in part] == list(range(width))
     with pytest.raises(UserError, match=r"d_sae.* 10 .*4"):
         shards[1].rows(10)
+    with pytest.raises(UserError, match=r"d_sae.* 10 .*4"):
+        Shard(1, 4).over(10)
+    with pytest.raises(AssertionError, match="over"):
+        Shard(1, 4).prefix(3)

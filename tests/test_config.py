@@ -161,6 +161,18 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         ("hookpoints", "[model.norm, model.norm]", ["hookpoints.1: 'model.norm'", "twice"]),
         ("saes.0.hookpoints", "[a, /b]", ["saes.0.hookpoints.1: '/b'"]),
         ("saes.0.hookpoints", "[]", ["saes.0.hookpoints: []"]),
+        ("saes.0.hookpoint_out", "3", ["saes.0.hookpoint_out: 3", "text"]),
+        ("saes.0.hookpoint_out", "../mlp", ["saes.0.hookpoint_out: '../mlp'", "letters, digits"]),
+        ("saes.0.hookpoint_out", "model.layers.*.mlp", ["saes.0.hookpoint_out", "more * than model.layers.1,"]),
+        ("saes.0.hookpoint_out", "[a, b]", ["saes.0.hookpoint_out: ['a', 'b']", "one for each of the 1 hookpoints"]),
+        ("saes.0.hookpoint_out", "[]", ["saes.0.hookpoint_out: []", "one for each of the 1 hookpoints"]),
+        ("saes.0.init_from", "3", ["saes.0.init_from: 3", "release, sae_id, revision"]),
+        ("saes.0.init_from", "[a]", ["saes.0.init_from: ['a']", "release, sae_id, revision"]),
+        ("saes.0.init_from", "':layers.1'", ["saes.0.init_from: ':layers.1'", "user/repo:sae_id"]),
+        ("saes.0.init_from", "''", ["saes.0.init_from: ''", "names no release"]),
+        ("saes.0.init_from", "{sae_id: a}", ["saes.0.init_from.release: missing"]),
+        ("saes.0.init_from", "{release: a, sae: b}", ["saes.0.init_from.sae", "did you mean sae_id"]),
+        ("saes.0.init_from", "{release: 1}", ["saes.0.init_from.release: 1", "text"]),
         # Overrides that reach nothing.
         ("saes.1.k", "32", ["saes.1.k", "32", "saes has 1 entries"]),
         ("saes.first.k", "32", ["saes.first.k", "saes is a list"]),
@@ -286,6 +298,39 @@ def test_an_sae_has_its_own_training_keys_and_hookpoints(tmp_path: Path) -> None
     assert (run.hookpoints_of(a), run.hookpoints_of(b)) == (("model.layers.1",), ("model.*:in",))
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("runs/release/layers.1", config.InitFrom("runs/release/layers.1")),
+        ("user/repo:layers.1/k32", config.InitFrom("user/repo", "layers.1/k32")),
+        ("user/repo:layers.1:in/k32", config.InitFrom("user/repo", "layers.1:in/k32")),
+        ("'user/repo:'", config.InitFrom("user/repo")),
+        ({"release": "user/repo"}, config.InitFrom("user/repo")),
+        ({"release": "C:/a", "sae_id": "b", "revision": "main"}, config.InitFrom("C:/a", "b", "main")),
+        (None, None),
+    ],
+)
+def test_a_release_to_start_from(tmp_path: Path, value: Any, expected: config.InitFrom | None) -> None:
+    run = with_changes(tmp_path, {"saes.0.init_from": copy.deepcopy(value)})
+    assert run.saes[0].init_from == expected
+    again = config.from_dict(json.loads(json.dumps(config.to_dict(run))))
+    assert again == run
+    # A later launch may not start from something else.
+    other = with_changes(tmp_path, {"saes.0.init_from": "elsewhere"})
+    assert config.differences(config.identity(run), config.identity(other)) != []
+
+
+def test_targets_of_transcoders(tmp_path: Path) -> None:
+    run = with_changes(tmp_path, {"hookpoints": "['a.*.b.*', 'c.*']", "saes.0.hookpoint_out": "x.*"})
+    assert run.targets_of(run.saes[0]) == ("x.*", "x.*")
+    run = with_changes(tmp_path, {"hookpoints": "[a, 'c.*']", "saes.0.hookpoint_out": "[b:in, 'x.*']"})
+    assert run.targets_of(run.saes[0]) == ("b:in", "x.*")
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(run)))) == run
+    run = with_changes(tmp_path, {"saes.0.hookpoints": "['c.*']", "saes.0.hookpoint_out": "x.*"})
+    assert run.targets_of(run.saes[0]) == ("x.*",)
+    assert with_changes(tmp_path, {}).targets_of(run.saes[0].__class__(options={"d_sae": 8})) == ()
+
+
 @pytest.mark.parametrize("names", [(None, None), ("a", "a"), ("a", None), (None, "a")])
 def test_saes_of_one_hookpoint_need_names_of_their_own(tmp_path: Path, names: tuple[str | None, str | None]) -> None:
     saes = [{"name": name, "d_sae": 8} for name in names]
@@ -313,7 +358,16 @@ def test_resolved_config_loads_back_equal(tmp_path: Path) -> None:
     assert from_text(tmp_path, yaml.safe_dump(tree)) == run
     assert config.from_dict(json.loads(json.dumps(tree))) == run
     assert tree["topology"]["lm"] == "colocated"
-    assert tree["saes"][0] == {"name": "a", "architecture": "topk", "hookpoints": None, "lr": 1e-5, "d_sae": 64, "k": 4}
+    assert tree["saes"][0] == {
+        "name": "a",
+        "architecture": "topk",
+        "hookpoints": None,
+        "hookpoint_out": None,
+        "init_from": None,
+        "lr": 1e-5,
+        "d_sae": 64,
+        "k": 4,
+    }
     assert list(tree) == list(get_type_hints(RunConfig))
 
 

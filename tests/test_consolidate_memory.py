@@ -51,7 +51,7 @@ def save_large_run(run_dir: Path, d_in: int, d_sae: int, shards: int) -> None:
     cfg = registry.training_config("topk", d_in, {"d_sae": d_sae, "k": 32}, "saes.0")
     root = checkpoint.begin(run_dir, 1)
     folder = checkpoint.sae_folder(root, SAE_ID)
-    replicated = {"b_dec": torch.randn(d_in), "window_tokens": torch.tensor(1000), "frozen": torch.tensor(False)}
+    replicated = {"b_dec": torch.randn(d_in), **made_up_run.job_scalars(window_tokens=1000)}
     digests = checkpoint.save_replicated(root, folder, replicated)
     for shard in range(shards):
         start, stop = shard * d_sae // shards, (shard + 1) * d_sae // shards

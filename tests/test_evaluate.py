@@ -1,28 +1,44 @@
 """Evaluation against direct formulas, and against SAEs whose figures are known beforehand."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import runs
 from scale_sae import evaluate
-from scale_sae.config import from_dict, to_dict
+from scale_sae.activations.source import ActivationSource, inspect_model
+from scale_sae.config import ModelConfig, from_dict, to_dict
+from scale_sae.consolidate import consolidate
+from scale_sae.embedded import MODEL_FOLDER
 from scale_sae.errors import UserError
-from scale_sae.saes.inference import SAE, TopKSAEConfig
+from scale_sae.reconstruction import Reconstruction
+from scale_sae.saes.inference import SAE
+from scale_sae.saes.released import TopKSAE, TopKSAEConfig, Transcoder, TranscoderConfig
 
 D_IN = 256
 
 
-def write_sae(folder: Path, run: dict[str, Any], tensors: dict[str, Tensor], k: int) -> Path:
+def write_sae(
+    folder: Path,
+    run: dict[str, Any],
+    tensors: dict[str, Tensor],
+    architecture: str = "topk",
+    hooks: tuple[str, ...] = ("model.layers.1",),
+    **fields: Any,
+) -> Path:
     folder.mkdir(parents=True)
     d_in, d_sae = tensors["W_enc"].shape
-    cfg = {"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": k, "dtype": "float32"}
-    (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": {"hook_name": "model.layers.1"}}))
+    metadata = dict(zip(("hook_name", "hook_name_out"), hooks, strict=False))
+    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", **fields}
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": metadata}))
     (folder / "runner_cfg.json").write_text(json.dumps(run))
     save_file(tensors, folder / "sae_weights.safetensors")
     return folder
@@ -75,14 +91,14 @@ def test_figures_equal_their_formulas(tmp_path: Path) -> None:
         "b_enc": torch.randn(d_sae, generator=generator) - 1,
         "b_dec": torch.randn(d_in, generator=generator),
     }
-    sae = SAE.load_from_disk(write_sae(tmp_path / "sae", {}, tensors, k), dtype=torch.float64)
+    sae = SAE.load_from_disk(write_sae(tmp_path / "sae", {}, tensors, k=k), dtype=torch.float64)
     x = (
         torch.randn(500, d_in, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, 13)).double()
         + 3
     )
-    sums = evaluate.Reconstruction(sae)
+    sums = Reconstruction(sae)
     for part in x.split(130):
-        sums.add(part)
+        sums.add(part, part)
     figures = sums.figures()
     acts = sae.encode(x)
     x_hat = sae.decode(acts)
@@ -146,12 +162,18 @@ def test_a_release_cannot_consent_to_code_of_others(tmp_path: Path, run_config: 
         evaluate.run(tmp_path / "release", (), None, 512, {})
 
 
+# A TopK SAE finds NaN when it selects; a standard one computes with it to the end.
+@pytest.mark.parametrize(("architecture", "fields"), [("topk", {"k": D_IN}), ("standard", {})])
 def test_one_broken_sae_does_not_hide_the_others(
-    tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    architecture: str,
+    fields: dict[str, Any],
+    tmp_path: Path,
+    run_config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = identity_sae()
     broken["W_enc"][0, 0] = torch.inf
-    write_sae(tmp_path / "release/broken", run_config, broken, k=D_IN)
+    write_sae(tmp_path / "release/broken", run_config, broken, architecture, **fields)
     write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
     with pytest.raises(UserError, match=r"^broken: some activations are NaN"):
         evaluate.run(tmp_path / "release", (), None, 512, {})
@@ -159,29 +181,277 @@ def test_one_broken_sae_does_not_hide_the_others(
     assert not (tmp_path / "release/broken/eval.json").exists()
 
 
+def test_a_broken_model_gives_one_line(tmp_path: Path, run_config: dict[str, Any]) -> None:
+    shutil.copytree(MODEL_FOLDER, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    run_config["model"]["name"] = str(tmp_path / "model")
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    with pytest.raises(UserError, match=r"^exact: all activations at model.layers.1 are NaN or infinite"):
+        evaluate.run(tmp_path / "release", (), None, 512, {})
+
+
+# ---- rows and positions that do not count ----------------------------------------------------------------------------
+
+
+class Doubling(TopKSAE):
+    """An SAE that gives every row twice."""
+
+    def __init__(self) -> None:
+        super().__init__(TopKSAEConfig(d_in=4, d_sae=8, k=2))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], 1)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return 2 * feature_acts[:, :4]
+
+
 def test_unusable_rows_pass_through() -> None:
-    class Doubling(torch.nn.Module):
-        cfg = TopKSAEConfig("topk", 4, 8, "float32", k=2)
-        b_dec = torch.zeros(4)
-
-        def encode(self, x: Tensor) -> Tensor:
-            return torch.cat([x, x], 1)
-
-        def decode(self, acts: Tensor) -> Tensor:
-            return 2 * acts[:, :4]
-
     rows = torch.ones(10, 4)
     rows[3] = torch.nan
     rows[7] = 1e4
-    sums = evaluate.Reconstruction(Doubling())  # type: ignore[arg-type]
-    out = sums.add(rows)
+    sums = Reconstruction(Doubling())
+    out = sums.add(rows, rows)
     assert sums.rows == 8
     assert out[3].isnan().all() and torch.equal(out[7], rows[7]) and torch.equal(out[0], 2 * rows[0])
 
 
+def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
+    class Widening(Transcoder):
+        """Predicts a row's two values, and both again with the other sign."""
+
+        def encode(self, x: Tensor) -> Tensor:
+            return torch.cat([x, -x], 1)
+
+        def decode(self, feature_acts: Tensor) -> Tensor:
+            return feature_acts
+
+    x, y = torch.full((10, 2), 3.0), torch.ones(10, 4)
+    x[2], y[5] = torch.nan, 1e4
+    cfg = TranscoderConfig(d_in=2, d_sae=4, d_out=4, apply_b_dec_to_input=False)
+    sums = Reconstruction(Widening(cfg))
+    out = sums.add(x, y)
+    assert sums.rows == 8
+    assert torch.equal(out[[2, 5]], y[[2, 5]])
+    assert torch.equal(out[0], torch.tensor([3.0, 3, -3, -3]))
+    figures = sums.figures()
+    # By hand: y - ŷ = (-2, -2, 4, 4), of norm² 40; ‖y‖ = 2, ‖ŷ‖ = 6, their product is 0; all y are the same.
+    assert math.isnan(figures["shrinkage"]["relative_reconstruction_bias"])
+    assert math.isnan(figures["reconstruction_quality"]["explained_variance"])
+    assert figures["reconstruction_quality"]["mse"] == pytest.approx(40)
+    assert figures["shrinkage"]["l2_norm_in"] == pytest.approx(2) and figures["shrinkage"]["l2_ratio"] == pytest.approx(
+        3
+    )
+    assert figures["sparsity"]["l1"] == pytest.approx(12) and figures["sparsity"]["l0"] == 4
+
+
 def test_excluded_positions_stay_as_they_are() -> None:
-    x = torch.arange(12.0).view(2, 3, 2)
+    x, y = torch.arange(12.0).view(2, 3, 2), torch.arange(18.0).view(2, 3, 3)
     keep = torch.tensor([[False, True, True], [True, False, True]])
-    out = evaluate.at_kept_positions(torch.zeros_like, keep)(x)
-    assert torch.equal(out[~keep], x[~keep]) and not out[keep].any()
-    assert torch.equal(x, torch.arange(12.0).view(2, 3, 2))
+    out = evaluate.at_kept_positions(lambda rows, targets: targets + rows.sum(1, keepdim=True), x, y, keep)
+    assert torch.equal(out[~keep], y[~keep])
+    assert torch.equal(out[keep], y[keep] + x[keep].sum(1, keepdim=True))
+    assert torch.equal(y, torch.arange(18.0).view(2, 3, 3))
+
+
+# ---- every architecture ----------------------------------------------------------------------------------------------
+
+MLP = {"hookpoints": ["model.layers.1.mlp:in"], "hookpoint_out": "model.layers.1.mlp"}
+# From 640 to 256 values.
+PROJECTION = ("model.layers.1.mlp.down_proj:in", "model.layers.1.mlp.down_proj")
+SPARSE = {"d_sae": 64, "hookpoints": ["model.layers.1"]}
+TRAINED: dict[str, dict[str, Any]] = {
+    "standard": {"architecture": "standard", **SPARSE, "normalize_activations": "layer_norm"},
+    "gated": {"architecture": "gated", **SPARSE},
+    "jumprelu": {"architecture": "jumprelu", **SPARSE, "normalize_activations": "constant_norm_rescale"},
+    "topk": {"architecture": "topk", **SPARSE, "k": 5, "normalize_activations": "expected_average_only_in"},
+    "abstopk": {"architecture": "abstopk", **SPARSE, "k": 5},
+    "batchtopk": {"architecture": "batchtopk", **SPARSE, "k": 4.5},
+    "matryoshka": {"architecture": "matryoshka_batchtopk", **SPARSE, "k": 4, "matryoshka_widths": [16, 64]},
+    "transcoder": {"architecture": "transcoder", "d_sae": 64, **MLP},
+    "skip": {
+        "architecture": "skip_transcoder",
+        "d_sae": 64,
+        "d_out": 256,
+        "hookpoints": [PROJECTION[0]],
+        "hookpoint_out": PROJECTION[1],
+    },
+    "jumprelu_transcoder": {"architecture": "jumprelu_transcoder", "d_sae": 64, **MLP},
+    "batchtopk_skip": {"architecture": "batchtopk_skip_transcoder", "d_sae": 64, "k": 4, **MLP},
+}
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released and evaluated run of every kind of SAE."""
+    folder = tmp_path_factory.mktemp("every")
+    config = runs.tiny_config(folder, saes=[{"name": name, "dtype": "float64", **TRAINED[name]} for name in TRAINED])
+    config["train"]["training_tokens"] = 12 * 128
+    runs.forked_run(runs.write_config(folder, config), 1)
+    consolidate(folder / "run", folder / "release")
+    evaluate.main(str(folder / "release"), tokens=TOKENS)
+    return folder / "release"
+
+
+def folder_of(release: Path, name: str) -> Path:
+    (folder,) = [path.parent for path in release.rglob("cfg.json") if path.parent.name == name]
+    return folder
+
+
+class Direct:
+    """The model of a run and its held-out text, with hooks of its own."""
+
+    def __init__(self, config: dict[str, Any]):
+        parts = evaluate.batches(from_dict(config), TOKENS)
+        self.tokens = torch.cat([part.tokens for part in parts])
+        self.keep = torch.cat([part.keep for part in parts])
+        self.model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float64).eval()
+
+    @torch.no_grad()
+    def loss(self, sae: SAE | None, hook_name: str, hook_name_out: str) -> tuple[float, Tensor, Tensor]:
+        """(cross-entropy, input rows, target rows); with an SAE, its output takes the targets' place."""
+        seen: dict[str, Tensor] = {}
+
+        def at_input(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen["x"] = args[0][self.keep]
+
+        def at_output(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen["y"] = output[self.keep]
+            new = output.clone()
+            new[self.keep] = seen["y"] if sae is None else sae(seen.get("x", seen["y"]))
+            return new
+
+        handles = [self.model.get_submodule(hook_name_out).register_forward_hook(at_output)]
+        if hook_name != hook_name_out:
+            module = self.model.get_submodule(hook_name.removesuffix(":in"))
+            handles.append(module.register_forward_pre_hook(at_input))
+        loss = self.model(self.tokens, labels=self.tokens).loss
+        for handle in handles:
+            handle.remove()
+        return float(loss), seen.get("x", seen["y"]), seen["y"]
+
+
+@pytest.fixture(scope="module")
+def direct(release: Path) -> Direct:
+    return Direct(json.loads((folder_of(release, "topk") / "runner_cfg.json").read_text()))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_architecture_against_direct_computation(name: str, release: Path, direct: Direct) -> None:
+    folder = folder_of(release, name)
+    figures = json.loads((folder / "eval.json").read_text())
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    places = metadata["hook_name"], metadata.get("hook_name_out", metadata["hook_name"])
+    assert (places[0] != places[1]) == ("hookpoint_out" in TRAINED[name])
+    sae = SAE.load_from_disk(folder)
+    clean, x, y = direct.loss(None, *places)
+    spliced = direct.loss(sae, *places)[0]
+    acts, y_hat = sae.encode(x), sae(x)
+    assert figures["token_stats"]["total_tokens_eval_reconstruction"] == len(y) > 900
+    performance = figures["model_performance_preservation"]
+    # float64 throughout, but for the logits, which enter the loss in float32 on both sides and are summed in float32.
+    assert performance["ce_loss_without_sae"] == pytest.approx(clean, rel=1e-5)
+    assert performance["ce_loss_with_sae"] == pytest.approx(spliced, rel=1e-5)
+    # The reconstruction of so short a training is one that the model notices.
+    assert abs(spliced - clean) > 1e-3
+    error = (y - y_hat).square().sum()
+    expected = {
+        "explained_variance": 1 - error / (y - y.mean(0)).square().sum(),
+        "mse": error / len(y),
+        "cossim": torch.cosine_similarity(y, y_hat).mean(),
+        "l2_norm_in": y.norm(dim=1).mean(),
+        "l2_norm_out": y_hat.norm(dim=1).mean(),
+        "relative_reconstruction_bias": y_hat.square().sum() / (y * y_hat).sum(),
+        "l0": (acts != 0).sum(1).double().mean(),
+        "l0_max": (acts != 0).sum(1).max(),
+        "l1": acts.abs().sum(1).mean(),
+        "dead_fraction": (acts == 0).all(0).double().mean(),
+    }
+    found = {key: value for section in figures.values() for key, value in section.items()}
+    # float64 sums in another order; the activations came through batches of other sizes.
+    assert {key: found[key] for key in expected} == pytest.approx(
+        {key: float(value) for key, value in expected.items()}, rel=1e-7
+    )
+    assert ("pca_fvu" in found) == (name in ("topk", "abstopk"))
+
+
+def test_the_release_has_what_the_figures_are_tested_on(release: Path, direct: Direct) -> None:
+    """Activations of both signs, an input wider than its target, a skip that does something."""
+    rows = direct.loss(None, "model.layers.1", "model.layers.1")[2]
+    assert (SAE.load_from_disk(folder_of(release, "abstopk")).encode(rows) < 0).any()
+    sae: Any = SAE.load_from_disk(folder_of(release, "skip"))
+    assert (sae.cfg.d_in, sae.cfg.d_out) == (640, 256) and sae.W_skip.any()
+
+
+def test_the_table_has_a_dash_for_what_is_not_there(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, dashes in (("abstopk", 0), ("gated", 1), ("transcoder", 1)):
+        folder = folder_of(release, name)
+        evaluate.main(str(release), sae_id=folder.relative_to(release).as_posix(), tokens=64)
+        heading, row = capsys.readouterr().out.splitlines()
+        assert "PCA-k FVU" in heading and row.split().count("-") == dashes
+
+
+# ---- transcoders -----------------------------------------------------------------------------------------------------
+
+
+def linear_transcoder() -> dict[str, Tensor]:
+    """The module model.layers.1.mlp.down_proj: all of it is in the skip."""
+    weight = load_file(MODEL_FOLDER / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
+    d_out, d_in = weight.shape
+    return {
+        "W_enc": torch.zeros(d_in, 8),
+        "W_dec": torch.ones(8, d_out),
+        "b_enc": torch.zeros(8),
+        "b_dec": torch.zeros(d_out),  # the module has no bias
+        "W_skip": weight.contiguous(),
+    }
+
+
+def test_a_transcoder_that_is_the_module_loses_nothing(tmp_path: Path, run_config: dict[str, Any]) -> None:
+    release = tmp_path / "release"
+    fields = {"d_out": D_IN, "apply_b_dec_to_input": False}
+    exact = linear_transcoder()
+    write_sae(release / "exact", run_config, exact, "skip_transcoder", PROJECTION, **fields)
+    zero = {**exact, "W_skip": torch.zeros_like(exact["W_skip"])}
+    write_sae(release / "zero", run_config, zero, "skip_transcoder", PROJECTION, **fields)
+    evaluate.run(release, (), None, 2048, {})
+    figures = {name: json.loads((release / name / "eval.json").read_text()) for name in ("exact", "zero")}
+    good, bad = (figures[name]["model_performance_preservation"] for name in figures)
+    # The same products in another order: float32 rounding through three layers.
+    assert good["ce_loss_with_sae"] == pytest.approx(good["ce_loss_without_sae"], rel=1e-5)
+    assert good["ce_loss_score"] == pytest.approx(1, abs=1e-2)  # of a difference of some hundredths
+    assert figures["exact"]["reconstruction_quality"]["explained_variance"] == pytest.approx(1, abs=1e-9)
+    assert figures["exact"]["sparsity"]["l0"] == 0
+    assert bad["ce_loss_with_sae"] == bad["ce_loss_with_ablation"] > bad["ce_loss_without_sae"] + 0.01
+
+
+def test_a_transcoder_towards_an_earlier_place_is_refused(
+    tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    backwards = ("model.layers.2", "model.layers.1")
+    fields = {"d_out": D_IN, "apply_b_dec_to_input": False}
+    write_sae(tmp_path / "release/back", run_config, identity_sae(), "transcoder", backwards, **fields)
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(str(tmp_path / "release"), tokens=512)
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: back: reads model.layers.2, which a forward reaches after model.layers.1")
+    assert "\nexact " in printed.out
+    assert not (tmp_path / "release/back/eval.json").exists()
+
+
+def test_observed_activations_are_copies() -> None:
+    model = ModelConfig("embedded")
+    source = ActivationSource(model, inspect_model(model, ["model.layers.1"]))
+    tokens = torch.arange(20).view(2, 10)
+    clean = source.logits(tokens)
+    with source.observe("model.layers.1", Tensor.zero_):
+        assert torch.equal(source.logits(tokens), clean)
+    seen: list[Tensor] = []
+    with source.observe("model.layers.1", seen.append):
+        source.forward(tokens)
+    assert torch.equal(seen[0], source.capture(tokens)["model.layers.1"]) and len(seen) == 1

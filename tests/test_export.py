@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,56 @@ from scale_sae import checkpoint, export, tensorfile
 from scale_sae.collectives import Shard
 from scale_sae.consolidate import consolidate, is_release, main
 from scale_sae.errors import UserError
-from scale_sae.saes import SAE, TrainStepInput, registry
+from scale_sae.saes import SAE, TrainingSAE, TrainStepInput, registry
 
 TOPK: dict[str, Any] = {"architecture": "topk", "d_sae": 96, "k": 8}
+D_OUT = 20  # of transcoders
+TRANSCODER: dict[str, Any] = {"d_sae": 96, "d_out": D_OUT, "hookpoint_out": "model.layers.1.mlp"}
+SCALED: dict[str, Any] = {"normalize_activations": "expected_average_only_in"}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk, rescaled": TOPK,
+    "topk, not rescaled": {**TOPK, "rescale_acts_by_decoder_norm": False},
+    "topk, b_dec not in the input": {**TOPK, "apply_b_dec_to_input": False},
+    "topk, float64": {**TOPK, "dtype": "float64"},
+    "topk, k = d_sae": {**TOPK, "d_sae": 40, "k": 40},
+    "topk, layer_norm": {**TOPK, "normalize_activations": "layer_norm"},
+    "topk, scaled": {**TOPK, **SCALED},
+    "abstopk": {**TOPK, "architecture": "abstopk"},
+    "abstopk, constant_norm_rescale": {
+        **TOPK,
+        "architecture": "abstopk",
+        "normalize_activations": "constant_norm_rescale",
+    },
+    "batchtopk": {**TOPK, "architecture": "batchtopk", "k": 7.5},
+    "batchtopk, scaled": {**TOPK, "architecture": "batchtopk", **SCALED},
+    "batchtopk, scaled, not rescaled": {
+        **TOPK,
+        "architecture": "batchtopk",
+        "rescale_acts_by_decoder_norm": False,
+        **SCALED,
+    },
+    "matryoshka": {**TOPK, "architecture": "matryoshka_batchtopk", "matryoshka_widths": [5, 30]},
+    "standard": {"architecture": "standard", "d_sae": 96},
+    "standard, layer_norm": {"architecture": "standard", "d_sae": 96, "normalize_activations": "layer_norm"},
+    "gated": {"architecture": "gated", "d_sae": 96},
+    "gated, scaled": {"architecture": "gated", "d_sae": 96, **SCALED},
+    "jumprelu": {"architecture": "jumprelu", "d_sae": 96},
+    "jumprelu, scaled": {"architecture": "jumprelu", "d_sae": 96, **SCALED},
+    "transcoder": {"architecture": "transcoder", **TRANSCODER},
+    "skip_transcoder": {"architecture": "skip_transcoder", **TRANSCODER},
+    "skip_transcoder, scaled": {"architecture": "skip_transcoder", **TRANSCODER, **SCALED},
+    "jumprelu_transcoder": {"architecture": "jumprelu_transcoder", **TRANSCODER},
+    "jumprelu_skip_transcoder, scaled": {"architecture": "jumprelu_skip_transcoder", **TRANSCODER, **SCALED},
+    "batchtopk_transcoder": {"architecture": "batchtopk_transcoder", "k": 8, **TRANSCODER},
+    "batchtopk_skip_transcoder": {"architecture": "batchtopk_skip_transcoder", "k": 8, **TRANSCODER},
+    "batchtopk_skip_transcoder, scaled": {
+        "architecture": "batchtopk_skip_transcoder",
+        "k": 8,
+        **TRANSCODER,
+        **SCALED,
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,48 +84,61 @@ def rows_of_input(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(64, D_IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
 
 
-def trained_output(sae_id: str, options: dict[str, Any], x: Tensor) -> Tensor:
-    """What the SAE gives in training, unsharded, in float64 on the stored values."""
-    cfg = registry.training_config("topk", D_IN, {**options, "dtype": "float64"}, "saes.0")
-    sae = registry.create(cfg, Shard())
-    rows, replicated = made_up_run.tensors(D_IN, cfg.d_sae, options.get("dtype", "float32"), sae_id)
+def trained_output(sae_id: str, entry: dict[str, Any], x: Tensor) -> Tensor:
+    """What the SAE gives in training, unsharded, in float64 on the stored values, for inputs as they are.
+
+    In training BatchTopK compares with a batch; used row by row, it goes by its threshold.
+    """
+    options = {name: value for name, value in entry.items() if name not in ("architecture", "hookpoint_out")}
+    cfg = registry.training_config(entry["architecture"], D_IN, options, "saes.0")
+    stored = made_up_run.weights(entry["architecture"], cfg, sae_id)
+    sae = registry.create(entry["architecture"], replace(cfg, dtype="float64"), Shard())
+    scale, target_scale = made_up_run.scales(cfg)
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_({**rows, **replicated}[name])
-    dead = torch.zeros(cfg.d_sae, dtype=torch.bool)
-    step = TrainStepInput(sae_in=x, dead_neuron_mask=dead, num_dead=0, n_training_steps=0, is_logging_step=False)
-    return sae.training_forward_pass(step).sae_out.detach()
+        for name, tensor in sae.tensors().items():
+            tensor.copy_(stored[name])
+        if "release_threshold" in stored:
+            pre = sae.encode_with_hidden_pre(x * scale)[1]
+            acts = pre.masked_fill(pre <= stored["release_threshold"], 0)
+            return sae.add_skip(sae.decode(acts), x * scale) / target_scale
+        step = TrainStepInput(
+            sae_in=x * scale,
+            coefficients=dict.fromkeys(sae.get_coefficients(), 1.0),
+            dead_neuron_mask=torch.zeros(cfg.d_sae, dtype=torch.bool),
+            n_training_steps=0,
+            is_logging_step=False,
+            num_dead=0,
+            target=torch.zeros(len(x), sae.d_out, dtype=x.dtype),
+        )
+        return sae.training_forward_pass(step).sae_out / target_scale
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rescaled": {"d_sae": 96, "k": 8},
-    "not rescaled": {"d_sae": 96, "k": 8, "rescale_acts_by_decoder_norm": False},
-    "b_dec not in the input": {"d_sae": 96, "k": 8, "apply_b_dec_to_input": False},
-    "float64": {"d_sae": 96, "k": 8, "dtype": "float64"},
-    "k = d_sae": {"d_sae": 40, "k": 40},
-}
+def test_every_architecture_has_a_variant() -> None:
+    assert {entry["architecture"] for entry in VARIANTS.values()} == {
+        name for name in registry._CLASSES if ":" not in name
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_release_computes_what_training_did(tmp_path: Path, variant: str) -> None:
-    options = VARIANTS[variant]
-    save_run(tmp_path / "run", saes=[{"architecture": "topk", **options}])
+    entry = VARIANTS[variant]
+    save_run(tmp_path / "run", saes=[entry])
     (report,) = consolidate(tmp_path / "run", tmp_path / "out")
     x = rows_of_input()
     sae = SAE.load_from_disk(tmp_path / "out" / "model.layers.1", dtype=torch.float64)
     # one rounding of each weight to float32 (6e-8), averaged over the sums; float64 is not rounded
-    bound = 1e-13 if options.get("dtype") == "float64" else 1e-6
-    assert relative(sae(x), trained_output("model.layers.1", options, x)) < bound
+    bound = 1e-13 if entry.get("dtype") == "float64" else 1e-6
+    assert relative(sae(x), trained_output("model.layers.1", entry, x)) < bound
     assert report.difference < bound
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sae_lens_loads_the_release_and_agrees(tmp_path: Path, variant: str) -> None:
-    save_run(tmp_path / "run", saes=[{"architecture": "topk", **VARIANTS[variant]}])
+    save_run(tmp_path / "run", saes=[VARIANTS[variant]])
     consolidate(tmp_path / "run", tmp_path / "out")
     folder = tmp_path / "out" / "model.layers.1"
     theirs = sae_lens.SAE.load_from_disk(str(folder))
@@ -87,7 +148,44 @@ def test_sae_lens_loads_the_release_and_agrees(tmp_path: Path, variant: str) -> 
     assert relative(theirs.encode(x), acts) < 1e-5
     assert relative(theirs.decode(acts), ours.decode(acts)) < 1e-5
     assert relative(theirs(x), ours(x)) < 1e-5
-    assert (acts > 0).sum() > len(x)  # the agreement is not about zeros
+    assert (acts != 0).sum() > len(x)  # the agreement is not about zeros
+
+
+# What is per latent, by the dimension that counts the latents, and what is not.
+PER_LATENT = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_gate": 0, "b_mag": 0, "r_mag": 0}
+WHOLE = {"b_dec": None, "W_skip": None}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_latent_axes(tmp_path: Path, variant: str) -> None:
+    """Found by comparing SAEs of different widths, whatever d_in and d_out are beside them."""
+    entry = VARIANTS[variant]
+    (job,) = checkpoint.read_meta(save_run(tmp_path / "run", saes=[entry]))["jobs"]
+    stored = export.StoredSAE(checkpoint.complete(tmp_path / "run")[0], job)
+    expected = ["W_enc", "W_dec", "b_dec"]
+    expected += ["b_gate", "b_mag", "r_mag"] if entry["architecture"] == "gated" else ["b_enc"]
+    has_threshold = any(name in entry["architecture"] for name in ("jumprelu", "batchtopk"))
+    expected += ["threshold"] * has_threshold + ["W_skip"] * ("skip" in entry["architecture"])
+    assert stored.latent_axis == {name: (PER_LATENT | WHOLE)[name] for name in expected}
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_threshold_of_a_batchtopk_release(tmp_path: Path, dtype: str, rescaled: bool) -> None:
+    """One number for all latents, in float32 also beside narrower weights, in units of the folded decoder norms."""
+    entry = {**TOPK, "architecture": "batchtopk", "rescale_acts_by_decoder_norm": rescaled, **SCALED, "dtype": dtype}
+    save_run(tmp_path / "run", saes=[entry])
+    consolidate(tmp_path / "run", tmp_path / "out")
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    options = {name: value for name, value in entry.items() if name != "architecture"}
+    cfg = registry.training_config("batchtopk", D_IN, options, "saes.0")
+    stored = made_up_run.weights("batchtopk", cfg, "model.layers.1")["release_threshold"]
+    factor = made_up_run.SCALES[0] if rescaled else 1  # the fold makes decoder rows longer by 1 / factor
+    assert weights["W_dec"].dtype == getattr(torch, dtype)
+    assert torch.equal(weights["threshold"], (stored / factor).float().expand(96))
+    cfg_json = json.loads((tmp_path / "out" / "model.layers.1" / export.CFG).read_text())
+    assert (cfg_json["architecture"], cfg_json["normalize_activations"]) == ("jumprelu", "none")
+    assert "k" not in cfg_json and cfg_json["metadata"]["training_architecture_details"]["k"] == 8
 
 
 def test_decoder_rows_of_a_release_have_norm_one(tmp_path: Path) -> None:
@@ -127,7 +225,8 @@ def test_a_release_is_rounded_once(tmp_path: Path) -> None:
     save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "bfloat16"}])
     consolidate(tmp_path / "run", tmp_path / "out", dtype="float32")
     weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
-    stored, _ = made_up_run.tensors(D_IN, 96, "bfloat16", "model.layers.1")
+    cfg = registry.training_config("topk", D_IN, {"d_sae": 96, "k": 8, "dtype": "bfloat16"}, "saes.0")
+    stored = made_up_run.weights("topk", cfg, "model.layers.1")
     rows = {name: tensor.double() for name, tensor in stored.items()}
     norms = rows["W_dec"].norm(dim=1, keepdim=True)
     assert torch.equal(weights["W_enc"].T, (rows["W_enc_rows"] * norms).float())
@@ -197,20 +296,28 @@ def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The functional comparison does not rest on the fold: it fails when the fold forgets the norms."""
     save_run(tmp_path / "run")
 
-    def forgets(cls: type, cfg: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        norms = rows["W_dec"].norm(dim=1, keepdim=True)
-        return {"W_enc": rows["W_enc_rows"], "W_dec": rows["W_dec"] / norms, "b_enc": rows["b_enc"]}
+    def forgets(self: Any, state_dict: dict[str, Tensor]) -> None:
+        state_dict["W_dec"] = state_dict["W_dec"] / state_dict["W_dec"].norm(dim=1, keepdim=True)
 
-    monkeypatch.setattr(registry.training_class("topk"), "export_rows", classmethod(forgets))
+    monkeypatch.setattr(registry.training_class("topk"), "process_state_dict_for_saving_inference", forgets)
     with pytest.raises(export.ExportError, match="differs from the sharded one by"):
         consolidate(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+@pytest.mark.parametrize("variant", ["topk, scaled", "standard, scaled", "skip_transcoder, scaled"])
+def test_a_forgotten_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """The comparison does not rest on the fold of the inputs' factor either."""
+    save_run(tmp_path / "run", saes=[VARIANTS.get(variant, {**VARIANTS["standard"], **SCALED})])
+    monkeypatch.setattr(TrainingSAE, "fold_activation_norm_scaling_factor", lambda self, scale, target_scale: None)
+    with pytest.raises(export.ExportError, match="differs from the sharded one by"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_skip"])
 def test_a_bit_that_the_disk_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """One bit of the written file flips before it is read back; a weight's last bit is far below any tolerance."""
-    save_run(tmp_path / "run")
+    save_run(tmp_path / "run", saes=[VARIANTS["batchtopk_skip_transcoder"]])
     write = export.write_weights
 
     def write_and_flip(sae: export.StoredSAE, path: Path, dtype: torch.dtype) -> None:

@@ -15,12 +15,15 @@ LAYERS = [
     {"config"},
     {"topology", "saes"},
     {"activations", "optim", "metrics", "checkpoint"},
-    {"export", "jobs", "rundir"},
+    {"export", "init_from", "jobs", "rundir"},
+    {"job_trainer"},
     {"trainer"},
-    {"train", "consolidate", "evaluate", "cli"},
+    {"train", "consolidate", "evaluate", "reconstruction", "cli"},
 ]
 # A script that trains the model which comes with the package, beside the commands.
 EXEMPT = {"embedded.train"}
+# SAE.from_pretrained stands where readers look for it, and what it calls makes SAEs: imported when it is called.
+INSIDE_A_FUNCTION = {("saes.inference", "saes.pretrained")}
 # Modules whose groups of process may be made: the only one.
 GROUP_MAKERS = ("init_process_group", "new_group", "init_device_mesh", "DeviceMesh.from_group")
 
@@ -69,6 +72,9 @@ def test_imports_point_down() -> None:
 def test_no_cycle_inside_a_package() -> None:
     """Modules beside each other may import each other, but not in a circle."""
     known = modules()
+    for name, imported in INSIDE_A_FUNCTION:
+        at_top_level = [n for n in ast.parse(known[name].read_text()).body if isinstance(n, ast.ImportFrom)]
+        assert f"scale_sae.{imported}" not in [node.module for node in at_top_level]
 
     def target(imported: str) -> str | None:
         """The module that an imported name lies in: the longest known prefix."""
@@ -76,6 +82,8 @@ def test_no_cycle_inside_a_package() -> None:
         return next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), None)
 
     graph = {name: {target(i) for i in project_imports(path)} - {None} for name, path in known.items()}
+    for name, imported in INSIDE_A_FUNCTION:
+        graph[name].remove(imported)
     seen: dict[str, int] = {}
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

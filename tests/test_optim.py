@@ -29,7 +29,7 @@ def batch(step: int, scale: float = 1.0) -> Tensor:
 
 def new(shard: Shard = ONE, **options: Any) -> TrainingSAE:
     cfg = training_config("topk", D_IN, {"d_sae": D_SAE, "k": 3, "dtype": "float64", **options}, "saes.0")
-    sae = create(cfg, shard)
+    sae = create("topk", cfg, shard)
     sae.initialize(0, "model.layers.0")
     return sae
 
@@ -48,11 +48,18 @@ class Run:
         dead = self.silent > 2
         num_dead = int(self.sae.shard.all_reduce(dead.sum()))
         out = self.sae.training_forward_pass(
-            TrainStepInput(batch(step) if x is None else x, dead, num_dead, step, is_logging_step=False)
+            TrainStepInput(
+                sae_in=batch(step) if x is None else x,
+                coefficients={},
+                dead_neuron_mask=dead,
+                n_training_steps=step,
+                is_logging_step=False,
+                num_dead=num_dead,
+            )
         )
         self.norms.append(self.optimizer.step(out.loss, step))
         self.aux.append(out.losses["auxiliary_reconstruction_loss"].detach())
-        self.silent = (self.silent + 1).masked_fill(out.fired, 0)
+        self.silent = (self.silent + 1).masked_fill(out.fire_counts > 0, 0)
 
     def rows(self) -> dict[str, Tensor]:
         own = {name: p.data for name, p in self.sae.named_parameters() if name not in self.sae.replicated}

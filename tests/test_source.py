@@ -26,7 +26,13 @@ from transformers import (
 )
 
 from harness import run_ranks
-from scale_sae.activations.architecture import image_positions, input_name, inspect_model, kept_positions
+from scale_sae.activations.architecture import (
+    fill_pattern,
+    image_positions,
+    input_name,
+    inspect_model,
+    kept_positions,
+)
 from scale_sae.activations.source import ActivationSource
 from scale_sae.config import DataConfig, ModelConfig
 from scale_sae.errors import UserError
@@ -368,3 +374,20 @@ class TestTensorParallel:
 
         for message in run_ranks(2, worker):
             assert "model.layers.0.mlp.act_fn has 320 of 641 columns" in message
+
+
+@pytest.mark.parametrize(
+    ("targets", "patterns", "name", "expected"),
+    [
+        (["l.*.mlp"], ["l.*.mlp:in"], "l.12.mlp:in", "l.12.mlp"),
+        (["l.*"], ["l.*.attn.*"], "l.3.attn.q", "l.3"),
+        (["*.l.*.out"], ["*.l.*"], "enc.l.7", "enc.l.7.out"),
+        (["norm"], ["l.*"], "l.3", "norm"),
+        (["a*"], ["l.x*"], "l.x", "a"),  # a star may stand for nothing
+        (["first", "second.*"], ["l.1", "l.*"], "l.1", "first"),
+        (["first", "second.*"], ["l.1", "l.*"], "l.2", "second.2"),
+        (["a.*"], ["l+.*"], "l+.2", "a.2"),  # only the star is special
+    ],
+)
+def test_fill_pattern(targets: list[str], patterns: list[str], name: str, expected: str) -> None:
+    assert fill_pattern(targets, patterns, name) == expected

@@ -90,3 +90,23 @@ def test_state_goes_on_elsewhere(parts: int) -> None:
         while others[0].inserted < SCHEDULE.rows_before_draw(step):
             insert(others, next(chunks), SCHEDULE)
         assert torch.equal(torch.cat([other.draw(step)["h"] for other in others]), whole[step])
+
+
+def test_row_norms_are_those_of_the_filled_slots() -> None:
+    buffer = LaneBuffer({"h": 2}, range(2, 5), SCHEDULE, 7, torch.float64, torch.device("cpu"))
+    insert([buffer], 24, SCHEDULE)
+    insert([buffer], 20, SCHEDULE)
+    buffer.rows["h"][0, buffer.capacity - 1] = 9.0  # nobody's row: that slot was never filled
+    norms = buffer.row_norms("h")
+    # Row i is (i, -i) and in lane i % 8; of 44 rows, lanes 2 and 3 have 6 and lane 4 has 5.
+    expected = [[2**0.5 * (8 * slot + lane) for slot in range(5 + (lane < 4))] for lane in (2, 3, 4)]
+    for found, lane in zip(norms, expected, strict=True):
+        torch.testing.assert_close(found[found.isfinite()], torch.tensor(lane, dtype=torch.float64))
+    assert norms.dtype == torch.float64 and norms.shape == (3, 6)
+
+
+def test_row_norms_in_float64_whatever_the_rows() -> None:
+    buffer = LaneBuffer({"h": 64}, range(8), SCHEDULE, 7, torch.bfloat16, torch.device("cpu"))
+    buffer.insert({"h": torch.full((24, 64), 1e30, dtype=torch.bfloat16)}, 24)  # the square is no bfloat16 or float32
+    one = torch.tensor(1e30).bfloat16().double().item()
+    torch.testing.assert_close(buffer.row_norms("h"), torch.full((8, 3), 8 * one, dtype=torch.float64))

@@ -68,6 +68,16 @@ def test_jobs_are_split_by_cost() -> None:
     assert totals == [18, 18]
 
 
+def test_a_group_receives_the_targets_of_its_transcoders() -> None:
+    transcoders = [Job("a:in/x", "a:in", 100, "a"), Job("b:in/x", "b:in", 90, "b"), Job("b:in/y", "b:in", 5, "a")]
+    saes = [Job("a", "a", 1), Job("c", "c", 1)]
+    one, two = plan(TopologyConfig(sae=SAETopology(groups=2)), [*transcoders, *saes], 64).groups
+    assert (one.jobs, two.jobs) == ((0,), (1, 2, 3, 4))
+    # Each activation once, whether it is one SAE's input or target or several's.
+    assert one.hookpoints == ("a:in", "a")
+    assert two.hookpoints == ("b:in", "a", "c", "b")
+
+
 def test_jobs_of_one_hookpoint_stay_together_unless_a_group_would_be_empty() -> None:
     two_hookpoints = jobs(6, per_hookpoint=3)
     assert split_jobs(two_hookpoints, 2) == [[0, 1, 2], [3, 4, 5]]

@@ -90,12 +90,29 @@ def match_hookpoints(patterns: Iterable[str], names: Iterable[str]) -> list[str]
     names = list(names)
     found: set[str] = set()
     for pattern in patterns:
-        expression = re.compile("[^.:]*".join(map(re.escape, pattern.split("*"))))
+        expression = _expression(pattern)
         matches = [name for name in names if expression.fullmatch(name)]
         if not matches:
             raise UserError(f"hookpoints: {pattern} matches no module of the model{nearest(pattern, names)}")
         found.update(matches)
     return [name for name in names if name in found]
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A hookpoint pattern as a regular expression with a group for each ``*``."""
+    return re.compile("([^.:]*)".join(map(re.escape, pattern.split("*"))))
+
+
+def fill_pattern(targets: Iterable[str], patterns: Iterable[str], name: str) -> str:
+    """The target of hookpoint ``name``: that of the first of ``patterns`` which matches it.
+
+    Each ``*`` in it is replaced by what the ``*`` at the same place in the pattern, which has at least as many, stands
+    for in ``name``.
+    """
+    pairs = ((target, _expression(pattern).fullmatch(name)) for target, pattern in zip(targets, patterns, strict=True))
+    target, match = next((target, match) for target, match in pairs if match)
+    first, *rest = target.split("*")
+    return first + "".join(part + text for part, text in zip(match.groups(), rest, strict=False))
 
 
 def inspect_model(model: ModelConfig, patterns: Sequence[str], tp: int = 1) -> dict[str, int]:

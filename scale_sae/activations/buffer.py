@@ -51,6 +51,13 @@ class LaneBuffer:
         drawn = self.draws * (self.schedule.batch // self.schedule.lanes)
         return torch.tensor([self.schedule.inserted(lane, self.inserted) - drawn for lane in self.lanes])
 
+    def row_norms(self, hookpoint: str) -> Tensor:
+        """The norm of every row in the buffer, float64 ``[len(lanes), slots]``; NaN where a slot is not filled."""
+        rows = self.state()[hookpoint]
+        norms = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
+        filled = torch.arange(rows.shape[1]) < self.counts()[:, None]
+        return norms.masked_fill(~filled.to(norms.device), torch.nan)
+
     def insert(self, chunk: Mapping[str, Tensor], count: int) -> None:
         """Appends this rank's part of the next ``count`` rows of the stream.
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from scale_sae.activations.architecture import (
     attach,
     auto_class,
+    fill_pattern,
     first_line,
     input_name,
     inspect_model,
@@ -28,7 +29,7 @@ from scale_sae.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ActivationSource", "inspect_model", "kept_positions", "match_hookpoints"]
+__all__ = ["ActivationSource", "fill_pattern", "inspect_model", "kept_positions", "match_hookpoints"]
 
 
 class _Captured(Exception):
@@ -107,6 +108,19 @@ class ActivationSource:
         first = next(iter(captured.values()))
         self.forward_tokens += first.shape[0] * first.shape[1]
         return captured
+
+    @contextmanager
+    def observe(self, hookpoint: str, see: Callable[[Tensor], object]) -> Iterator[None]:
+        """While open, forwards call ``see`` with a copy of the activation ``[n, positions, width]``."""
+
+        def look(activation: Tensor) -> None:
+            see(self._whole(hookpoint, _arrived(activation)).clone())
+
+        handle = attach(self.model, hookpoint, look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def replace(self, hookpoint: str, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -107,6 +107,14 @@ def encode_latents(
     return _EncodeLatents.apply(pre, latents, x, shift, W_enc_rows, b_enc)
 
 
+def encode_dense(x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
+    """``(x - shift) @ W_enc_rowsᵀ + b_enc``, ``[n_rows, n_latents]``, with gradients for shift, W_enc_rows and b_enc.
+
+    Arguments as ``encode_selected``: x is the input after the shift.
+    """
+    return _EncodeDense.apply(x, shift, W_enc_rows, b_enc)
+
+
 class _EncodeSelected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Codes, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
@@ -123,6 +131,21 @@ class _EncodeSelected(torch.autograd.Function):
         # Every row is shifted alike, so the rows' gradients are summed per latent before they meet W_enc.
         grad_shift = -(grad_b @ W_enc_rows) if ctx.needs_input_grad[2] else None
         return None, None, grad_shift, scatter_rows(codes, x), grad_b
+
+
+class _EncodeDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W_enc_rows)
+        return F.linear(x, W_enc_rows, b_enc)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc_rows = ctx.saved_tensors
+        per_latent = grad.sum(0)
+        grad_shift = -(per_latent @ W_enc_rows) if ctx.needs_input_grad[1] else None
+        return None, grad_shift, grad.T @ x, per_latent
 
 
 class _EncodeLatents(torch.autograd.Function):

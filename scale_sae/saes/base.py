@@ -1,22 +1,41 @@
-"""What every SAE in training has: config, parameters, their initialisation, and the shape of a training step."""
+"""What every SAE in training has: config, parameters, their initialisation, a training step, and its way to a release.
+
+Names and signatures are SAELens's, so that a class written for it shards after a change of imports and a few words:
+tensors over latents hold this shard's latents only, and what mixes latents goes through ``self.shard``.
+"""
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from scale_sae.collectives import Shard
-from scale_sae.kernels.codes import Codes
+from scale_sae.errors import UserError
+from scale_sae.kernels.codes import Codes, encode_dense
+from scale_sae.saes.inference import DTYPES, SAEConfig, released_architectures, sae_class
+from scale_sae.saes.norms import row_norm
 from scale_sae.seeds import generator
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 INIT_BLOCK = 64  # latents that share a random stream; a shard draws whole blocks and keeps its own rows
 
 
-@dataclass
+class TrainCoefficientConfig(NamedTuple):
+    """A loss coefficient that rises linearly from 0, at step 0, to ``value`` in ``warm_up_steps`` steps."""
+
+    value: float
+    warm_up_steps: int
+
+    def at(self, step: int) -> float:
+        """The value at a step, from 0."""
+        return self.value * min(1.0, step / self.warm_up_steps) if self.warm_up_steps > 0 else self.value
+
+
+@dataclass(kw_only=True)
 class TrainingSAEConfig(ABC):
     """Options of every architecture; names and defaults are SAELens's."""
 
@@ -24,7 +43,7 @@ class TrainingSAEConfig(ABC):
     d_sae: int  # latents, over all shards
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of the parameters
     apply_b_dec_to_input: bool = True  # subtract b_dec before the encoder
-    normalize_activations: Literal["none"] = "none"
+    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "constant_norm_rescale"] = "none"
     reshape_activations: Literal["none"] = "none"
     decoder_init_norm: float | None = 0.1  # norm of each decoder row at the start; null: as drawn
 
@@ -42,58 +61,129 @@ class TrainingSAEConfig(ABC):
             found["decoder_init_norm"] = "must be more than 0, or null to keep the norms as drawn"
         return found
 
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """The config class of the released SAE: that of the same name, or of the name of the class derived from."""
+        for cls in type(self).__mro__:
+            if issubclass(cls, TrainingSAEConfig) and cls.architecture() in released_architectures():
+                return sae_class(cls.architecture())[1]
+        raise UserError(
+            f"architecture {self.architecture()}: has no released form; register one of that name with "
+            "register_sae_class, or let get_inference_config_class name one"
+        )
 
-@dataclass
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        """The released cfg.json without its metadata: the released config's fields, with the values they have here."""
+        released = self.get_inference_config_class()
+        names = {f.name for f in fields(released)} & {f.name for f in fields(self)}
+        cfg = {name: getattr(self, name) for name in sorted(names)}
+        if self.normalize_activations == "expected_average_only_in":
+            cfg["normalize_activations"] = "none"  # its factor is folded into the weights
+        return {"architecture": released.architecture(), "device": "cpu", **cfg}
+
+
+@dataclass(kw_only=True)
 class TrainStepInput:
     """One batch of one SAE, the same on every shard but for the dead latents.
 
     Attributes:
-        sae_in: ``[B, d_in]``, finite; rows of weight 0 hold zeros.
+        sae_in: ``[B, d_in]``, finite.
+        coefficients: the present value of each of ``get_coefficients``.
         dead_neuron_mask: bool ``[n_local]``, this shard's dead latents.
-        num_dead: how many latents are dead over all shards.
         n_training_steps: optimizer steps made before this one.
         is_logging_step: whether the metrics of this step are written down.
-        row_weights: ``[B]`` of 0 and 1 in the dtype of sae_in: which rows count. None: all.
-        coefficients: the present value of each loss coefficient that warms up.
+        num_dead: how many latents are dead over all shards.
+        target: ``[B, d_out]``, what to reconstruct: ``sae_in`` itself, but for transcoders.
     """
 
     sae_in: Tensor
+    coefficients: dict[str, float]
     dead_neuron_mask: Tensor
-    num_dead: int
     n_training_steps: int
     is_logging_step: bool
-    row_weights: Tensor | None = None
-    coefficients: dict[str, float] = field(default_factory=dict)
+    num_dead: int
+    target: Tensor = None  # type: ignore[assignment]  # never None after __post_init__
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            self.target = self.sae_in
 
 
 @dataclass
 class TrainStepOutput:
-    """What a training step made. All but ``fire_counts`` and ``codes`` are the same on every shard.
+    """What a training step made. All but the activations is the same on every shard.
 
     Attributes:
         sae_in: ``[B, d_in]``, as given.
-        sae_out: ``[B, d_in]``, the whole reconstruction.
+        sae_out: ``[B, d_out]``, the whole reconstruction.
+        feature_acts: ``[B, n_local]``, this shard's activations. A latent has fired on a row where it is not 0.
+        hidden_pre: ``[B, n_local]``, before the activation function.
         loss: scalar, to be minimised.
         losses: its named parts, scalars.
-        metrics: other scalars worth logging that only the SAE knows.
-        fire_counts: int64 ``[n_local]``, the rows on which each latent of this shard was active.
-        l0: int64 ``[B]``, active latents of each row over all shards.
-        codes: the activations of this shard; None for an architecture that works on dense activations.
+        metrics: other scalars worth logging that only the SAE knows; what can be called is called when it is logged.
     """
 
     sae_in: Tensor
     sae_out: Tensor
+    feature_acts: Tensor
+    hidden_pre: Tensor
     loss: Tensor
     losses: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    fire_counts: Tensor
-    l0: Tensor
-    codes: Codes | None = None
+    metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]] = field(default_factory=dict)
 
     @property
-    def fired(self) -> Tensor:
-        """bool ``[n_local]``: the latents of this shard that were active on any row."""
-        return self.fire_counts > 0
+    def fire_counts(self) -> Tensor:
+        """int64 ``[n_local]``: the rows on which each latent of this shard was active."""
+        return (self.feature_acts != 0).sum(0)
+
+    @property
+    def active_latents(self) -> Tensor:
+        """int64 scalar: the latents of this shard that were active, summed over the rows."""
+        return (self.feature_acts != 0).sum()
+
+
+class SparseTrainStepOutput(TrainStepOutput):
+    """The output of an SAE that works on codes: its dense activations are made when somebody asks for them.
+
+    Attributes:
+        codes: the activations of this shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        codes: Codes,
+        dense: Callable[[], tuple[Tensor, Tensor]],
+        loss: Tensor,
+        losses: dict[str, Tensor],
+    ):
+        """``dense`` gives (feature_acts, hidden_pre) as functions of the parameters."""
+        self.sae_in, self.sae_out = sae_in, sae_out
+        self.loss, self.losses = loss, losses
+        self.metrics = {}
+        self.codes = codes
+        self._dense = dense
+
+    @cached_property
+    def _dense_activations(self) -> tuple[Tensor, Tensor]:
+        return self._dense()
+
+    @property
+    def feature_acts(self) -> Tensor:  # type: ignore[override]
+        return self._dense_activations[0]
+
+    @property
+    def hidden_pre(self) -> Tensor:  # type: ignore[override]
+        return self._dense_activations[1]
+
+    @property
+    def fire_counts(self) -> Tensor:
+        return self.codes.by_latent[1].diff()
+
+    @property
+    def active_latents(self) -> Tensor:
+        return torch.tensor(len(self.codes.latents), device=self.codes.latents.device)
 
 
 class TrainingSAE(nn.Module, ABC):
@@ -102,25 +192,31 @@ class TrainingSAE(nn.Module, ABC):
     Attributes:
         cfg: the options, of the whole SAE.
         shard: this shard's place among the shards; its slice of the latents is ``shard.rows(cfg.d_sae)``.
+        n_local: the latents of this shard.
+        d_out: width of what is reconstructed: d_in, but for transcoders.
         W_enc_rows: ``[n_local, d_in]``.
-        W_dec: ``[n_local, d_in]``.
-        b_dec: ``[d_in]``, the same on every shard.
-        replicated: names of the parameters that are whole on every shard; all others are per latent.
+        W_dec: ``[n_local, d_out]``.
+        b_dec: ``[d_out]``, the same on every shard.
+        replicated: names of the parameters and buffers that are whole on every shard; all others are per latent.
     """
 
+    cfg: Any  # of the architecture's own config class
     replicated: ClassVar[frozenset[str]] = frozenset({"b_dec"})
 
-    def __init__(self, cfg: TrainingSAEConfig, shard: Shard, device: torch.device | str = "cpu"):
-        """Parameters start at 0: call ``initialize``, or load them. UserError where d_sae cannot be split evenly."""
+    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+        """Weights are 0 until ``initialize`` or a checkpoint fills them. UserError if d_sae cannot be split evenly."""
         super().__init__()
-        self.cfg: Any = cfg  # of the architecture's own config class
-        self.shard = shard
+        self.cfg = cfg
+        self.shard = shard.over(cfg.d_sae)
         self.dtype = DTYPES[cfg.dtype]
         self.rows = shard.rows(cfg.d_sae)
         self.n_local = self.rows.stop - self.rows.start
+        self.d_out: int = getattr(cfg, "d_out", None) or cfg.d_in
+        self.row_norm = row_norm(cfg.normalize_activations)
+        self.activation_fn = self.get_activation_fn()
         self.W_enc_rows = self.zeros(self.n_local, cfg.d_in, device=device)
-        self.W_dec = self.zeros(self.n_local, cfg.d_in, device=device)
-        self.b_dec = self.zeros(cfg.d_in, device=device)
+        self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
+        self.b_dec = self.zeros(self.d_out, device=device)
 
     def zeros(self, *shape: int, device: torch.device | str) -> nn.Parameter:
         """A parameter of zeros in the SAE's dtype."""
@@ -137,48 +233,133 @@ class TrainingSAE(nn.Module, ABC):
 
         A row depends on the seed, the hookpoint and its global latent index alone, so any number of shards start alike.
         """
-        for parameter in self.parameters():
-            parameter.zero_()
-        bound = math.sqrt(6 / self.cfg.d_in)
+        self.draw_rows(self.W_dec, seed, hookpoint)
+        self.W_enc_rows.copy_(self.W_dec)
+
+    @torch.no_grad()
+    def draw_rows(self, target: Tensor, *key: int | str) -> None:
+        """Fills ``target [n_local, d]`` with Kaiming uniform rows of norm ``decoder_init_norm``, if it is set.
+
+        ``key`` names the random stream; row i depends on the key and its global latent index.
+        """
+        width = target.shape[1]
+        bound = math.sqrt(6 / width)
         for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
-            drawn = torch.empty(INIT_BLOCK, self.cfg.d_in, dtype=torch.float64)
-            drawn.uniform_(-bound, bound, generator=generator(seed, hookpoint, block))
+            drawn = torch.empty(INIT_BLOCK, width, dtype=torch.float64)
+            drawn.uniform_(-bound, bound, generator=generator(*key, block))
             if self.cfg.decoder_init_norm is not None:
                 drawn *= self.cfg.decoder_init_norm / drawn.norm(dim=1, keepdim=True)
             first = block * INIT_BLOCK
             start, stop = max(first, self.rows.start), min(first + INIT_BLOCK, self.rows.stop)
-            self.W_dec[start - self.rows.start : stop - self.rows.start] = drawn[start - first : stop - first]
-        self.W_enc_rows.copy_(self.W_dec)
+            target[start - self.rows.start : stop - self.rows.start] = drawn[start - first : stop - first]
+
+    # ---- the training step ------------------------------------------------------------------------------------------
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """What makes ``[B, n]`` activations of this shard's pre-activations, or of a slice of them."""
+        return torch.relu
+
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        """The loss coefficients by name; a step finds their present values in ``step_input.coefficients``."""
+        return {}
+
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        """``[B, d_in]`` as the encoder sees it: in the SAE's dtype, normalised, less b_dec where the config says so."""
+        x = self.row_norm.normalize(sae_in.to(self.dtype))
+        return x - self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else x
+
+    def pre_activations(self, sae_in: Tensor, bias: Tensor) -> Tensor:
+        """``process_sae_in(sae_in) @ W_enc + bias``, ``[B, n_local]``, for a bias ``[n_local]``.
+
+        The same value and gradients as that line of code, without the product that a gradient of its input would take.
+        """
+        if type(self).process_sae_in is not TrainingSAE.process_sae_in:
+            return self.process_sae_in(sae_in) @ self.W_enc + bias  # of a researcher's own
+        x = self.row_norm.normalize(sae_in.to(self.dtype))
+        shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
+        return encode_dense(x if shift is None else x - shift.detach(), shift, self.W_enc_rows, bias)
 
     @abstractmethod
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, d_in]`` to this shard's (feature_acts, hidden_pre), ``[B, n_local]`` each."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``[B, d_in]`` to this shard's activations ``[B, n_local]``."""
+        return self.encode_with_hidden_pre(x)[0]
+
+    def decode(self, feature_acts: Tensor, latents: slice = slice(None)) -> Tensor:
+        """The whole reconstruction ``[B, d_out]`` from this shard's activations, ``[B, n]`` of the n local ``latents``.
+
+        One all-reduce. Rows are restored by the statistics of the rows that were last encoded.
+        """
+        return self.row_norm.restore(self.shard.sum(feature_acts @ self.W_dec[latents]) + self.b_dec)
+
+    def add_skip(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
+        """``[..., B, d_out]`` with what a skip connection takes straight from the input: here nothing."""
+        return sae_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction ``[B, d_out]`` of ``[B, d_in]``."""
+        return self.add_skip(self.decode(self.encode(x)), x)
+
+    @staticmethod
+    def mse_loss_fn(preds: Tensor, target: Tensor) -> Tensor:
+        """Squared differences, elementwise; in float32 where they are narrower."""
+        dtype = torch.promote_types(preds.dtype, torch.float32)
+        return (preds.to(dtype) - target.to(dtype)).square()
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """What is added to the squared error: named scalars, or one scalar. Sums over latents need ``shard.sum``."""
+        return {}
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The losses of one batch. Rows of weight 0 take no part in selection, losses, gradients or counts."""
+        """The losses of one batch: squared error, summed over the width and averaged over rows, and the aux losses."""
+        feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
+        sae_out = self.add_skip(self.decode(feature_acts), step_input.sae_in)
+        mse_loss = self.mse_loss_fn(sae_out, step_input.target).sum(dim=-1).mean()
+        aux_losses = self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        losses = {"mse_loss": mse_loss}
+        if isinstance(aux_losses, dict):
+            losses |= aux_losses
+        loss = sum(aux_losses.values(), mse_loss) if isinstance(aux_losses, dict) else mse_loss + aux_losses
+        return TrainStepOutput(step_input.sae_in, sae_out, feature_acts, hidden_pre, loss, losses)
 
-    @classmethod
-    @abstractmethod
-    def export_rows(cls, cfg: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Released per-latent tensors (W_enc as ``[n, d_in]`` rows) from a block of n latents of every stored one."""
+    # ---- the release ------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def export_replicated(cls, cfg: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Released tensors that belong to no latent, from the stored ones."""
-        return {"b_dec": tensors["b_dec"]}
+    def fit_for_release(self, sae_in: Tensor) -> None:
+        """Called before each checkpoint with the last batch ``[B, d_in]``: fits what the release alone needs.
 
-    @classmethod
-    @abstractmethod
-    def inference_config(cls, cfg: Any) -> dict[str, Any]:
-        """The fields of the released SAE's cfg.json, without its metadata."""
+        It must leave training as it is, so only buffers that no training step reads may change.
+        """
 
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float, target_factor: float | None = None) -> None:
+        """Makes weights for inputs times ``scaling_factor`` those of inputs as they are, in place.
 
-def squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance per row, ``[B]``, of two ``[B, d_in]``; in float32 where they are narrower."""
-    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
-    return (reconstruction.to(dtype) - target.to(dtype)).square().sum(dim=1)
+        ``target_factor`` is the factor of what is reconstructed, for transcoders; else the same.
+        """
+        target_factor = scaling_factor if target_factor is None else target_factor
+        self.W_enc_rows.mul_(scaling_factor)
+        self.W_dec.div_(target_factor)
+        self.b_dec.div_(target_factor)
 
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
+        """Turns the tensors of this SAE into those of a release, in place.
 
-def mean_over_rows(per_row: Tensor, row_weights: Tensor | None) -> Tensor:
-    """The mean of ``[B]`` over the rows of weight 1."""
-    if row_weights is None:
-        return per_row.mean()
-    weights = row_weights.to(per_row.dtype)
-    return (per_row * weights).sum() / weights.sum()
+        Consolidation calls it on blocks of latents, each an SAE of its own with as many latents as it has, in float64;
+        so what it does to a latent must depend on that latent and on replicated tensors alone. W_enc is ``[d_in, n]``.
+        """
+
+    @torch.no_grad()
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """Copies of this shard's tensors as a release has them, W_enc as ``[d_in, n_local]``."""
+        state = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+        state["W_enc"] = state.pop("W_enc_rows").T
+        self.process_state_dict_for_saving_inference(state)
+        return state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers: what a checkpoint holds."""
+        return dict(self.named_parameters()) | dict(self.named_buffers())

@@ -1,128 +1,381 @@
-"""Released SAEs, read from SAELens's format: whole on one device, for evaluation and use."""
+"""Released SAEs in SAELens's format: their configs, what every one can do, and how a folder becomes one.
+
+Each is whole and on one device. The architectures are in ``released``; a class of one's own joins them with
+``register_sae_class``. Names and signatures are SAELens's.
+"""
 
 import json
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scale_sae.collectives import Shard, select_topk
 from scale_sae.errors import UserError, nearest
-from scale_sae.saes.base import DTYPES
-from scale_sae.saes.topk import decoder_norms
+from scale_sae.kernels.codes import Codes
+from scale_sae.saes.norms import RUNTIME_NORMS, row_norm
+
+CFG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+RELEASED_NORMS = ("none", "expected_average_only_in", *RUNTIME_NORMS)
+_ENCODE_ELEMENTS = 2**26  # dense activations that encode_codes holds at once: 256 MiB in float32
+Config = TypeVar("Config", bound="SAEConfig")
 
 
-@dataclass
-class SAEConfig:
-    """What a released SAE's cfg.json says; fields that this class does not have are ignored, as in SAELens."""
+@dataclass(kw_only=True)
+class SAEConfig(ABC):
+    """What every cfg.json says.
 
-    architecture: str
+    Attributes:
+        d_in: width of the activations.
+        d_sae: latents.
+        dtype: of the parameters; a name of ``DTYPES``.
+        device: of the parameters.
+        apply_b_dec_to_input: subtract b_dec before the encoder.
+        normalize_activations: one of ``RELEASED_NORMS``.
+        reshape_activations: ``hook_z`` where activations come as ``[..., n_heads, d_head]``, else ``none``.
+        metadata: where the SAE comes from and how to use it.
+    """
+
     d_in: int
     d_sae: int
-    dtype: str
+    dtype: str = "float32"
+    device: str = "cpu"
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     reshape_activations: str = "none"
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """UserError for a value that cannot be worked with."""
+        for name in ("d_in", "d_sae"):
+            check_positive_integer(name, getattr(self, name))
+        as_dtype(self.dtype)
+        for name, allowed in (
+            ("normalize_activations", RELEASED_NORMS),
+            ("reshape_activations", ("none", "hook_z")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: {getattr(self, name)!r} is not supported; it must be {' or '.join(allowed)}")
 
-@dataclass
-class TopKSAEConfig(SAEConfig):
-    """A TopK SAE's cfg.json."""
+    @classmethod
+    @abstractmethod
+    def architecture(cls) -> str:
+        """The name that cfg.json gives this architecture."""
 
-    k: int = 100
-    rescale_acts_by_decoder_norm: bool = False
+    @classmethod
+    def from_dict(cls: type[Config], config_dict: Mapping[str, Any]) -> Config:
+        """The config of a cfg.json. Fields that this class does not have are ignored, as in SAELens."""
+        known = {f.name: f for f in fields(cls)}
+        for name, f in known.items():
+            if name not in config_dict and f.default is MISSING and f.default_factory is MISSING:
+                raise UserError(f"{name}: missing; an SAE of architecture {cls.architecture()} needs it")
+        return cls(**{name: value for name, value in config_dict.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``architecture``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"architecture": self.architecture()}
 
 
 class SAE(nn.Module, ABC):
-    """A released SAE.
+    """A released SAE, without gradients for its parameters.
+
+    A class of one's own overrides ``get_activation_fn``, or ``initialize_weights`` and ``encode``.
 
     Attributes:
-        cfg: its cfg.json.
+        cfg: its config, of the architecture's own class.
         W_enc: ``[d_in, d_sae]``.
-        W_dec: ``[d_sae, d_in]``.
-        b_enc: ``[d_sae]``.
-        b_dec: ``[d_in]``.
+        W_dec: ``[d_sae, d_out]``; d_out is d_in but for transcoders.
+        b_enc: ``[d_sae]``, in the architectures that have one.
+        b_dec: ``[d_out]``.
+        activation_fn: what ``get_activation_fn`` gave.
     """
 
-    def __init__(self, cfg: Any, tensors: dict[str, Tensor]):
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+    activation_fn: Callable[[Tensor], Tensor]
+
+    def __init__(self, cfg: Any):
+        """All parameters are 0, on the config's device and in its dtype."""
         super().__init__()
         self.cfg = cfg
-        self.W_enc = nn.Parameter(tensors["W_enc"], requires_grad=False)
-        self.W_dec = nn.Parameter(tensors["W_dec"], requires_grad=False)
-        self.b_enc = nn.Parameter(tensors["b_enc"], requires_grad=False)
-        self.b_dec = nn.Parameter(tensors["b_dec"], requires_grad=False)
+        self.norm = row_norm(cfg.normalize_activations)
+        self._d_head: int | None = None  # of the last input, where its heads were apart
+        self.activation_fn = self.get_activation_fn()
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Makes the parameters; a subclass with more of them calls this first."""
+        self.W_enc = self.zeros(self.cfg.d_in, self.cfg.d_sae)
+        self.W_dec = self.zeros(self.cfg.d_sae, self.d_out)
+        self.b_dec = self.zeros(self.d_out)
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        """A parameter of zeros, on the config's device and in its dtype."""
+        dtype = as_dtype(self.cfg.dtype)
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.cfg.device), requires_grad=False)
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """Maps pre-activations to feature activations; ReLU unless overridden."""
+        return nn.ReLU()
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.cfg.d_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights, in which the SAE computes."""
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the weights."""
+        return self.W_dec.device
 
     @staticmethod
     def load_from_disk(
-        folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
     ) -> "SAE":
-        """The SAE of a folder with ``cfg.json`` and ``sae_weights.safetensors``, of its own dtype unless one is given.
+        """The SAE of a folder with ``cfg.json`` and ``sae_weights.safetensors``; no other file is read.
 
-        UserError for a folder without a cfg.json, an unknown architecture, or an input normalisation that is not built.
+        Args:
+            folder: the folder of one SAE of a release.
+            device: where the SAE goes.
+            dtype: what its tensors are cast to; None: the dtype of its cfg.json. Thresholds stay at least float32.
+
+        Raises:
+            UserError: a file is missing or unreadable; an architecture, value or tensor is not what it can be.
         """
         folder = Path(folder)
-        if not (folder / "cfg.json").is_file():
-            raise UserError(f"{folder}: holds no cfg.json; give the folder of one SAE of a release")
-        raw = json.loads((folder / "cfg.json").read_text())
-        if raw["architecture"] not in _CLASSES:
-            name, known = raw["architecture"], ", ".join(_CLASSES)
-            raise UserError(
-                f"{folder}/cfg.json: unknown architecture {name!r}{nearest(name, _CLASSES)}; known are {known}"
-            )
-        sae_class, config_class = _CLASSES[raw["architecture"]]
-        known_fields = {f.name for f in fields(config_class)}
-        cfg = config_class(**{name: value for name, value in raw.items() if name in known_fields})
-        for name in ("normalize_activations", "reshape_activations"):
-            if getattr(cfg, name) != "none":
-                raise UserError(f"{folder}/cfg.json: {name} {getattr(cfg, name)!r} is not supported; it must be none")
-        tensors = load_file(folder / "sae_weights.safetensors", device=str(device))
-        dtype = dtype or DTYPES[cfg.dtype]
-        return sae_class(cfg, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        cfg = _read_cfg(folder)
+        try:
+            dtype = as_dtype(cfg.get("dtype", "float32") if dtype is None else dtype)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        return build(cfg, _read_tensors(folder / WEIGHTS_FILE, device, dtype), str(folder))
+
+    @staticmethod
+    def from_pretrained(
+        release: str,
+        sae_id: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        force_download: bool = False,
+    ) -> "SAE":
+        """An SAE of a release on disk, on the Hugging Face hub or in SAELens's list: see ``load_pretrained``."""
+        from scale_sae.saes.pretrained import load_pretrained  # which needs this module
+
+        return load_pretrained(release, sae_id, device, dtype, revision, force_download)
+
+    def process_sae_in(self, x: Tensor) -> Tensor:
+        """What the encoder sees of ``x``, ``[..., d_in]`` in the SAE's dtype.
+
+        ``x`` is ``[..., d_in]``, or with ``hook_z`` also ``[..., n_heads, d_head]``. The statistics of its rows and its
+        d_head are kept for ``decode``.
+        """
+        x = x.to(self.dtype)
+        self._d_head = x.shape[-1] if self._heads_apart(x) else None
+        if self._d_head is not None:
+            x = x.flatten(-2)
+        x = self.norm.normalize(x)
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``[..., d_in]`` to ``[..., d_sae]``, in the SAE's dtype."""
-        x = x.to(self.W_enc.dtype)
-        if self.cfg.apply_b_dec_to_input:
-            x = x - self.b_dec
-        return F.linear(x, self.W_enc.T, self.b_enc)
+        return F.linear(self.process_sae_in(x), self.W_enc.T, self.b_enc)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]`` of ``[..., d_in]``."""
 
-    @abstractmethod
+    @torch.no_grad()
+    def encode_codes(self, x: Tensor) -> Codes:
+        """The entries of ``encode`` that are not 0, in blocks of rows: never all d_sae of all rows at once.
+
+        ``x`` is ``[..., d_in]`` (or as for ``process_sae_in``); the codes have one row for each of its rows.
+        """
+        width = 2 if self._heads_apart(x) else 1
+        x = x.reshape(-1, *x.shape[-width:])
+        found, first = [], 0
+        for block in x.split(max(1, _ENCODE_ELEMENTS // self.cfg.d_sae)):
+            acts = self.encode(block)
+            rows, latents = acts.nonzero(as_tuple=True)
+            found.append((rows + first, latents, acts[rows, latents]))
+            first += len(block)
+        self.process_sae_in(x)  # decode needs the statistics of all rows, not of the last block
+        rows, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Codes(rows, latents, values, len(x), self.cfg.d_sae)
+
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The reconstruction ``[..., d_in]`` from ``[..., d_sae]``."""
+        """The reconstruction ``[..., d_in]`` from ``[..., d_sae]``.
+
+        Normalisation and reshaping are undone with what the last ``encode`` met, so its rows must be these.
+        """
+        x_hat = self.norm.restore(feature_acts @ self.W_dec + self.b_dec)
+        return x_hat if self._d_head is None else x_hat.unflatten(-1, (-1, self._d_head))
+
+    def add_skip(self, sae_out: Tensor, x: Tensor) -> Tensor:
+        """``sae_out`` with what goes past the latents from ``x``: nothing, but in transcoders with a skip."""
+        return sae_out
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of ``[..., d_in]``."""
-        return self.decode(self.encode(x))
+        return self.add_skip(self.decode(self.encode(x)), x)
+
+    def _heads_apart(self, x: Tensor) -> bool:
+        return self.cfg.reshape_activations == "hook_z" and x.shape[-1] != self.cfg.d_in
 
 
-class TopKSAE(SAE):
-    """A released TopK SAE. Ties go to the lower latent, as in training."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Feature activations ``[..., d_sae]``; NonFiniteError where a pre-activation is NaN or infinite."""
-        scores = self.pre_activations(x)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            scores = scores * decoder_norms(self.W_dec)
-        flat = scores.reshape(-1, self.cfg.d_sae)
-        selected = torch.zeros_like(flat, dtype=torch.bool)
-        selected[select_topk(flat, self.cfg.k, Shard())] = True
-        return scores.masked_fill(~selected.view_as(scores), 0)
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """The reconstruction ``[..., d_in]``."""
-        if self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts / decoder_norms(self.W_dec)
-        return feature_acts @ self.W_dec + self.b_dec
+_CLASSES: dict[str, tuple[type[SAE], type[SAEConfig]]] = {}
 
 
-_CLASSES: dict[str, tuple[type[SAE], type[SAEConfig]]] = {"topk": (TopKSAE, TopKSAEConfig)}
+def register_sae_class(architecture: str, sae_class: type[SAE], sae_config_class: type[SAEConfig]) -> None:
+    """Make a class known by the name that cfg.json has. UserError where another class has the name."""
+    if _CLASSES.get(architecture, (sae_class, sae_config_class)) != (sae_class, sae_config_class):
+        raise UserError(f"architecture {architecture!r} is already registered; register the class under another name")
+    _CLASSES[architecture] = sae_class, sae_config_class
+
+
+def released_architectures() -> list[str]:
+    """The names of the registered architectures."""
+    return sorted(_CLASSES)
+
+
+def sae_class(architecture: Any) -> tuple[type[SAE], type[SAEConfig]]:
+    """The classes of a registered architecture; UserError for an unknown one."""
+    if architecture not in _CLASSES:
+        known = ", ".join(released_architectures())
+        raise UserError(
+            f"unknown architecture {architecture!r}{nearest(str(architecture), _CLASSES)}; known are {known}; "
+            "a class of your own must be registered with register_sae_class first"
+        )
+    return _CLASSES[architecture]
+
+
+def build(cfg_dict: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> SAE:
+    """An SAE that shares the memory of ``tensors``; its dtype and device are theirs.
+
+    Args:
+        cfg_dict: what a cfg.json holds, ``architecture`` included.
+        tensors: all parameters and buffers of the architecture, by name; nothing is cast.
+        where: the file or folder they come from, for messages.
+
+    Raises:
+        UserError: unknown architecture; a wrong value; a tensor that is missing, unknown or of a wrong shape.
+    """
+    try:
+        made, config_class = sae_class(cfg_dict.get("architecture"))
+        # On the meta device, so that no memory is taken for zeros that the tensors replace.
+        sae = made(config_class.from_dict({**cfg_dict, "device": "meta"}))
+        _check_tensors(sae, tensors)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    # Detached: a parameter of the caller's would otherwise lose its gradient.
+    sae.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
+    sae.requires_grad_(False)
+    sae.cfg.device, sae.cfg.dtype = str(sae.device), str(sae.dtype).removeprefix("torch.")
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        warnings.warn(
+            f"{where}: normalize_activations is expected_average_only_in, but its factor is not folded into the "
+            "weights; activations are taken as they are, as SAELens does",
+            stacklevel=2,
+        )
+    return sae
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype from its name, as ``float32`` or ``torch.float32``; UserError for another."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name!r} must be {' or '.join(DTYPES)}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A released tensor in the SAE's dtype; a threshold in at least float32: rounded, it would fire other latents."""
+    if name in ("threshold", "log_threshold"):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return tensor.to(dtype)
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """UserError unless the value is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name}: {value!r} must be an integer of at least 1")
+
+
+def _check_tensors(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
+    expected = sae.state_dict()
+    architecture = sae.cfg.architecture()
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise UserError(f"tensors {', '.join(missing)} are missing; {architecture} needs {', '.join(expected)}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise UserError(f"tensors {', '.join(unknown)} are unknown; {architecture} has {', '.join(expected)}")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            found, wanted = list(tensors[name].shape), list(tensor.shape)
+            raise UserError(f"tensor {name} has shape {found}, but by cfg.json {wanted}")
+
+
+def _read_cfg(folder: Path) -> dict[str, Any]:
+    path = folder / CFG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no {CFG_FILE}; give the folder of one SAE of a release")
+    try:
+        cfg = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); get the file again") from None
+    if not isinstance(cfg, dict):
+        raise UserError(f"{path}: must hold an object with the SAE's fields, not {type(cfg).__name__}")
+    return cfg if "architecture" in cfg and "metadata" in cfg else _of_before_v6(cfg)
+
+
+def _of_before_v6(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A flat cfg.json as SAELens wrote it before version 6, in today's form and with the defaults of its time."""
+    cfg = dict(cfg)
+    for old, new in (("hook_point", "hook_name"), ("activation_fn_str", "activation_fn")):
+        if old in cfg:
+            cfg[new] = cfg.pop(old)
+    cfg.setdefault("architecture", "standard")
+    if cfg.get("activation_fn") == "topk" and "k" in (cfg.get("activation_fn_kwargs") or {}):
+        cfg |= {"architecture": "topk", "k": cfg["activation_fn_kwargs"]["k"]}
+    normalize = cfg.get("normalize_activations") or "none"
+    cfg["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
+    in_heads = "hook_z" in (cfg.get("hook_name") or "")
+    cfg.setdefault("reshape_activations", "hook_z" if in_heads else "none")
+    about = {"model_name", "hook_name", "hook_head_index", "dataset_path", "context_size", "prepend_bos"}
+    cfg.setdefault("metadata", {name: cfg[name] for name in sorted(about & cfg.keys())})
+    return cfg
+
+
+def _read_tensors(path: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a weights file, cast, with those of old releases turned into today's."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: holds no {path.name}; give the folder of one SAE of a release")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: cast(name, file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); get the file again") from None
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if "scaling_factor" in tensors and not (tensors.pop("scaling_factor") == 1).all():
+        raise UserError(f"{path}: holds a scaling_factor other than 1, which is not supported; fold it into W_dec")
+    return tensors

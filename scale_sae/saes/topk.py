@@ -1,5 +1,6 @@
-"""TopK SAEs: each row keeps its k largest positive pre-activations; dead latents learn what these leave over."""
+"""TopK SAEs in sparse codes: each row keeps its k best latents; dead latents learn what these leave over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +10,19 @@ from torch import Tensor
 from scale_sae.collectives import Shard, select_topk
 from scale_sae.kernels.codes import Codes, decode_selected, encode_latents, encode_selected
 from scale_sae.saes.base import (
+    SparseTrainStepOutput,
     TrainingSAE,
     TrainingSAEConfig,
     TrainStepInput,
     TrainStepOutput,
-    mean_over_rows,
-    squared_error,
 )
+from scale_sae.saes.released import decoder_norms
 
-SMALLEST_NORM = 1e-8  # SAELens's floor under a decoder row's norm
+# What a subclass may replace only on dense activations: the sparse step does not call it.
+DENSE_HOOKS = ("get_activation_fn", "process_sae_in", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TopKTrainingSAEConfig(TrainingSAEConfig):
     """Options of a TopK SAE; names and defaults are SAELens's."""
 
@@ -41,58 +43,97 @@ class TopKTrainingSAEConfig(TrainingSAEConfig):
         return found
 
 
+@dataclass(frozen=True)
+class AuxPart:
+    """Dead latents that reconstruct together: a local slice, how many are dead over all shards, whose residual."""
+
+    latents: slice
+    num_dead: int
+    level: int
+
+
 class TopKTrainingSAE(TrainingSAE):
     """SAELens's TopK SAE in sparse codes.
 
     With ``rescale_acts_by_decoder_norm`` a pre-activation is multiplied by its decoder row's norm for the selection and
     divided by it again for decoding. The two cancel, in the value and in the gradient, so norms enter the selection and
     the reported activations only.
+
+    The reconstruction may come in levels, prefixes of the latents that nest: one for TopK, several for Matryoshka SAEs.
+    A subclass that replaces one of ``DENSE_HOOKS`` is trained on dense activations.
     """
 
-    def __init__(self, cfg: TopKTrainingSAEConfig, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
 
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """See the base class. One all-reduce carries the reconstruction and, where latents are dead, AuxK's."""
-        x, weights = step_input.sae_in.to(self.dtype), step_input.row_weights
-        shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
-        centred = x if shift is None else x - shift.detach()
-        scores, scale = self._scores(centred)
-        codes = self._select(scores, weights)
-        pre = codes.with_values(codes.values / scale[codes.latents])
-        pre_acts = encode_selected(pre, centred, shift, self.W_enc_rows, self.b_enc)
-        partial = decode_selected(pre_acts, codes, self.W_dec)
+    # ---- what the kinds of TopK differ in ---------------------------------------------------------------------------
 
-        trains_dead = step_input.num_dead > 0 and self.cfg.aux_loss_coefficient > 0
-        if trains_dead:
-            partial = torch.cat([partial, self._dead_partial(step_input, scores, scale, centred, shift)])
-        whole = self.shard.sum(partial)
-        sae_out = whole[: len(x)] + self.b_dec
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, latents), row-major, of the ``[B, n]`` scores of this shard, or of a slice, that stay active."""
+        return select_topk(scores, self.cfg.k, self.shard)
 
-        mse_loss = mean_over_rows(squared_error(sae_out, x), weights)
-        aux_loss = torch.zeros_like(mse_loss)
-        if trains_dead:
-            residual = (x - sae_out).detach()
-            # A few dead latents cannot be asked to explain as much as k_aux of them.
-            share = min(step_input.num_dead / self.k_aux, 1.0)
-            error = mean_over_rows(squared_error(whole[len(x) :], residual), weights)
-            aux_loss = self.cfg.aux_loss_coefficient * share * error
-        return TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            loss=mse_loss + aux_loss,
-            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
-            metrics={},
-            fire_counts=codes.by_latent[1].diff(),
-            l0=self.shard.all_reduce(codes.row_offsets.diff()),
-            codes=codes,
-        )
+    def aux_ranking(self, dead_scores: Tensor) -> Tensor:
+        """What dead latents are chosen by, of their scores: by these themselves, of either sign."""
+        return dead_scores
+
+    def level_ends(self) -> list[int]:
+        """Where each level ends among this shard's latents, the last with all of them."""
+        return [self.n_local]
+
+    def aux_parts(self, step_input: TrainStepInput) -> list[AuxPart]:
+        """The dead latents of a step, in the groups that reconstruct a residual each; none where nothing is dead."""
+        return [AuxPart(slice(0, self.n_local), step_input.num_dead, -1)]
+
+    def inner_losses(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Named losses of the levels before the last, from their reconstructions ``[levels - 1, B, d_out]``."""
+        return {}
 
     @property
     def k_aux(self) -> int:
         """The most dead latents that a row's residual is given to (Gao et al. 2024, appendix B.1)."""
-        return self.cfg.d_in // 2
+        return self.d_out // 2
+
+    # ---- the step on codes ------------------------------------------------------------------------------------------
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """See the base class. One all-reduce carries the reconstruction and, where latents are dead, AuxK's."""
+        if any(getattr(type(self), name) is not getattr(TopKTrainingSAE, name) for name in DENSE_HOOKS):
+            return self._dense_forward_pass(step_input)
+        x = self.row_norm.normalize(step_input.sae_in.to(self.dtype))
+        shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
+        centred = x if shift is None else x - shift.detach()
+        scores, scale = self._scores(centred)
+        rows, latents = self.select(scores)
+        codes = Codes(rows, latents, scores[rows, latents], *scores.shape)
+        pre = codes.with_values(codes.values / scale[latents])
+        pre_acts = encode_selected(pre, centred, shift, self.W_enc_rows, self.b_enc)
+
+        partial = [self._decode_levels(pre_acts, codes)]
+        parts = self._parts(step_input)
+        for part in parts:
+            dead = dead_latents(step_input, part)
+            values = encode_latents(scores[:, dead] / scale[dead], dead, centred, shift, self.W_enc_rows, self.b_enc)
+            partial.append(self._decode_dead(values, scores[:, dead], dead, part))
+        whole = self.shard.sum(torch.cat(partial)).unflatten(0, (-1, len(x)))
+        n_levels = len(whole) - len(parts)
+        outputs = self.row_norm.restore(whole[:n_levels].cumsum(0) + self.b_dec)
+        outputs = self.add_skip(outputs, step_input.sae_in)
+        sae_out = outputs[-1]
+        residuals = [(step_input.target - outputs[part.level]).detach() for part in parts]
+        losses = {
+            "mse_loss": self.mse_loss_fn(sae_out, step_input.target).sum(dim=-1).mean(),
+            "auxiliary_reconstruction_loss": self._aux_loss(parts, whole[n_levels:], residuals, sae_out),
+            **self.inner_losses(outputs[:-1], step_input.target),
+        }
+        return SparseTrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            codes=codes,
+            dense=lambda: self._dense_activations(step_input.sae_in, codes),
+            loss=sum(losses.values(), torch.zeros_like(losses["mse_loss"])),
+            losses=losses,
+        )
 
     @torch.no_grad()
     def _scores(self, centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,59 +145,133 @@ class TopKTrainingSAE(TrainingSAE):
         # (scores + b_enc) * norms in one pass over the scores.
         return torch.addcmul(self.b_enc * norms, scores, norms, out=scores), norms
 
-    def _select(self, scores: Tensor, weights: Tensor | None) -> Codes:
-        """This shard's part of each row's TopK; none where the row's weight is 0."""
-        rows, latents = select_topk(scores, self.cfg.k, self.shard)
-        if weights is not None:
-            counts = weights[rows] > 0
-            rows, latents = rows[counts], latents[counts]
-        return Codes(rows, latents, scores[rows, latents], *scores.shape)
+    def _decode_levels(self, pre_acts: Tensor, codes: Codes) -> Tensor:
+        """What the latents that each level adds decode to, as far as they are here: ``[levels · B, d_out]``."""
+        ends = self.level_ends()
+        if len(ends) == 1:
+            return decode_selected(pre_acts, codes, self.W_dec)
+        level = torch.bucketize(codes.latents, torch.tensor(ends, device=codes.latents.device), right=True)
+        rows, order = (level * codes.n_rows + codes.rows).sort(stable=True)
+        by_level = Codes(rows, codes.latents[order], codes.values[order], len(ends) * codes.n_rows, codes.n_latents)
+        return decode_selected(pre_acts[order], by_level, self.W_dec)
 
-    def _dead_partial(
-        self, step_input: TrainStepInput, scores: Tensor, scale: Tensor, centred: Tensor, shift: Tensor | None
-    ) -> Tensor:
-        """This shard's part of what each row's k_aux best dead latents, of either sign, decode to: ``[B, d_in]``.
+    def _parts(self, step_input: TrainStepInput) -> list[AuxPart]:
+        """``aux_parts``, where AuxK is on and something is dead."""
+        return self.aux_parts(step_input) if step_input.num_dead and self.cfg.aux_loss_coefficient else []
 
-        Dense over the dead latents: k_aux is a good part of them or all.
+    def _decode_dead(self, values: Tensor, dead_scores: Tensor, dead: Tensor, part: AuxPart) -> Tensor:
+        """This shard's part of what each row's k_aux best dead latents, of either sign, decode to: ``[B, d_out]``.
+
+        Dense over the dead latents, ``values [B, n_dead]``: k_aux is a good part of them or all.
         """
-        dead = step_input.dead_neuron_mask.nonzero().squeeze(1)
-        dead_scores = scores.index_select(1, dead)
-        values = encode_latents(dead_scores / scale[dead], dead, centred, shift, self.W_enc_rows, self.b_enc)
-        if step_input.num_dead > self.k_aux:
+        if part.num_dead > self.k_aux:
             chosen = torch.zeros_like(dead_scores, dtype=torch.bool)
-            chosen[select_topk(dead_scores, self.k_aux, self.shard, signed=True)] = True
+            ranking = self.aux_ranking(dead_scores.detach())
+            chosen[select_topk(ranking, self.k_aux, self.shard, signed=True)] = True
             values = values.masked_fill(~chosen, 0)
         return values @ self.W_dec.index_select(0, dead)
 
-    @classmethod
-    def export_rows(cls, cfg: TopKTrainingSAEConfig, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _aux_loss(
+        self, parts: list[AuxPart], recons: Tensor | list[Tensor], residuals: list[Tensor], sae_out: Tensor
+    ) -> Tensor:
+        """The error of each part's reconstruction ``[B, d_out]`` of its residual, as SAELens weighs it."""
+        loss = sae_out.new_zeros((), dtype=torch.promote_types(sae_out.dtype, torch.float32))
+        for part, recon, residual in zip(parts, recons, residuals, strict=True):
+            # A few dead latents cannot be asked to explain as much as k_aux of them.
+            share = min(part.num_dead / self.k_aux, 1.0)
+            error = self.mse_loss_fn(self.row_norm.restore_difference(recon), residual).sum(dim=-1).mean()
+            loss = loss + self.cfg.aux_loss_coefficient * share * error
+        return loss
+
+    # ---- the same on dense activations, for subclasses --------------------------------------------------------------
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return self._activate
+
+    def _activate(self, hidden_pre: Tensor) -> Tensor:
+        return keep(hidden_pre, *self.select(hidden_pre.detach()))
+
+    def _hidden_pre(self, sae_in: Tensor) -> Tensor:
+        hidden_pre = self.pre_activations(sae_in, self.b_enc)
+        return hidden_pre * decoder_norms(self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else hidden_pre
+
+    def _dense_activations(self, sae_in: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+        hidden_pre = self._hidden_pre(sae_in)
+        return keep(hidden_pre, codes.rows, codes.latents), hidden_pre
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_pre = self._hidden_pre(x)
+        return self.activation_fn(hidden_pre), hidden_pre
+
+    def decode(self, feature_acts: Tensor, latents: slice = slice(None)) -> Tensor:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts / decoder_norms(self.W_dec[latents])
+        return super().decode(feature_acts, latents)
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        ends, recons, residuals = self.level_ends(), [], []
+        parts = self._parts(step_input)
+        for part in parts:
+            dead = dead_latents(step_input, part)
+            norms = decoder_norms(self.W_dec[dead]) if self.cfg.rescale_acts_by_decoder_norm else 1
+            values = hidden_pre[:, dead] / norms
+            recons.append(self.shard.sum(self._decode_dead(values, hidden_pre[:, dead], dead, part)))
+            inner = slice(0, ends[part.level])
+            output = self.add_skip(self.decode(feature_acts[:, inner], inner), step_input.sae_in)
+            residuals.append((step_input.target - output).detach())
+        return {"auxiliary_reconstruction_loss": self._aux_loss(parts, recons, residuals, sae_out)}
+
+    def _dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        inner = [slice(0, end) for end in self.level_ends()[:-1]]
+        if inner:
+            decoded = torch.stack([self.decode(output.feature_acts[:, part], part) for part in inner])
+            outputs = self.add_skip(decoded, step_input.sae_in)
+            inner_losses = self.inner_losses(outputs, step_input.target)
+            output.losses |= inner_losses
+            output.loss = sum(inner_losses.values(), output.loss)
+        return output
+
+    # ---- the release ------------------------------------------------------------------------------------------------
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
         """With rescaling the norms move from W_dec into the encoder, which changes neither activations nor output."""
-        W_enc, W_dec, b_enc = rows["W_enc_rows"], rows["W_dec"], rows["b_enc"]
-        if not cfg.rescale_acts_by_decoder_norm:
-            return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc}
-        norms = decoder_norms(W_dec.double())
-        return {
-            "W_enc": (W_enc.double() * norms[:, None]).to(W_enc.dtype),
-            "W_dec": (W_dec.double() / norms[:, None]).to(W_dec.dtype),
-            "b_enc": (b_enc.double() * norms).to(b_enc.dtype),
-        }
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = decoder_norms(state_dict["W_dec"])
+            state_dict["W_enc"] = state_dict["W_enc"] * norms
+            state_dict["b_enc"] = state_dict["b_enc"] * norms
+            state_dict["W_dec"] = state_dict["W_dec"] / norms[:, None]
+
+
+@dataclass(kw_only=True)
+class AbsTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """Options of an AbsTopK SAE; names and defaults are SAELens's."""
 
     @classmethod
-    def inference_config(cls, cfg: TopKTrainingSAEConfig) -> dict[str, Any]:
-        return {
-            "architecture": "topk",
-            "d_in": cfg.d_in,
-            "d_sae": cfg.d_sae,
-            "dtype": cfg.dtype,
-            "device": "cpu",
-            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-            "normalize_activations": cfg.normalize_activations,
-            "reshape_activations": cfg.reshape_activations,
-            "k": cfg.k,
-            "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm,
-        }
+    def architecture(cls) -> str:
+        return "abstopk"
 
 
-def decoder_norms(W_dec: Tensor) -> Tensor:
-    """The norm of each row of ``[n, d_in]``, ``[n]``, not less than SAELens's floor."""
-    return W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)
+class AbsTopKTrainingSAE(TopKTrainingSAE):
+    """SAELens's AbsTopK SAE: each row keeps the k latents largest in magnitude, with their sign."""
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return super().select(scores.abs())
+
+    def aux_ranking(self, dead_scores: Tensor) -> Tensor:
+        return dead_scores.abs()
+
+
+def keep(hidden_pre: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
+    """``hidden_pre [B, n]`` at the given entries, 0 elsewhere."""
+    selected = torch.zeros_like(hidden_pre, dtype=torch.bool)
+    selected[rows, latents] = True
+    return hidden_pre.masked_fill(~selected, 0)
+
+
+def dead_latents(step_input: TrainStepInput, part: AuxPart) -> Tensor:
+    """int64: the dead latents of this shard that are in a part, by their local numbers."""
+    return step_input.dead_neuron_mask[part.latents].nonzero().squeeze(1) + part.latents.start

@@ -1,0 +1,160 @@
+"""One SAE in training on one rank: its shard, its optimizer, what is counted of its latents."""
+
+import torch
+from torch import Tensor
+
+from scale_sae.checkpoint import folder_name
+from scale_sae.collectives import Shard
+from scale_sae.init_from import load_release
+from scale_sae.jobs import JobSpec
+from scale_sae.metrics import explained_variance
+from scale_sae.optim import Optimizer
+from scale_sae.saes import registry
+from scale_sae.saes.base import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+
+
+class JobTrainer:
+    """One SAE in training on this rank. All per-latent tensors are local rows.
+
+    Attributes:
+        scale, target_scale: float64 scalars, the factors that inputs and targets are multiplied by before they reach
+            the SAE: 1, or with ``expected_average_only_in`` what the trainer found before the first step.
+        last_rows: the rows ``[n, d_in]`` of the last step, as they came.
+    """
+
+    def __init__(self, spec: JobSpec, shard: Shard, device: torch.device, seed: int, total_steps: int):
+        self.spec = spec
+        self.shard = shard
+        self.total_steps = total_steps
+        self.sae = registry.create(spec.architecture, spec.cfg, shard, device)
+        self.sae.initialize(seed, spec.hookpoint)
+        self.coefficients = {
+            name: value if isinstance(value, TrainCoefficientConfig) else TrainCoefficientConfig(value, 0)
+            for name, value in self.sae.get_coefficients().items()
+        }
+        self.optimizer = Optimizer(self.sae, shard, spec.train, total_steps)
+        rows = shard.rows(spec.cfg.d_sae)
+        self.start = rows.start
+        n = rows.stop - rows.start
+        self.tokens_since_fired = torch.zeros(n, dtype=torch.int64, device=device)
+        self.fired_count = torch.zeros(n, dtype=torch.int64, device=device)
+        self.window_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.scale = torch.ones((), dtype=torch.float64, device=device)
+        self.target_scale = torch.ones((), dtype=torch.float64, device=device)
+        self.frozen = torch.zeros((), dtype=torch.bool)
+        self.last_rows: Tensor | None = None
+
+    def load_release(self) -> None:
+        """Takes the weights of the release that the config names, if it names one. UserError where they do not fit."""
+        if self.spec.init_from is not None:
+            load_release(
+                self.sae, self.spec.init_from, folder_name(self.spec.sae_id), f"saes.{self.spec.entry}.init_from"
+            )
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether inputs are multiplied by a factor that is found in the data."""
+        return bool(self.spec.cfg.normalize_activations == "expected_average_only_in")
+
+    def set_scales(self, scale: float, target_scale: float) -> None:
+        """Sets the factors of inputs and targets. Weights that were loaded are of unscaled ones, and are refitted."""
+        self.scale.fill_(scale)
+        self.target_scale.fill_(target_scale)
+        if self.spec.init_from is not None:
+            self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
+
+    def step(self, x: Tensor, target: Tensor, step: int, is_logging_step: bool) -> dict[str, Tensor]:
+        """One update on the rows ``x [n, d_in]`` towards ``target [n, d_out]``; returns metrics if it logs."""
+        train = self.spec.train
+        if step % train.feature_sampling_window == 0:
+            self.fired_count.zero_()
+            self.window_tokens.zero_()
+        if not len(x):
+            self.optimizer.skipped += 1
+            return {}
+        self.last_rows = x
+        dead = self.tokens_since_fired > train.dead_feature_window_tokens
+        # No latent can be dead before the window has passed once, and this is known without asking the device.
+        may_be_dead = step * train.train_batch_size_tokens > train.dead_feature_window_tokens
+        sae_in = self._scaled(x, self.scale)
+        wanted = sae_in if target is x else self._scaled(target, self.target_scale)
+        output = self.sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=sae_in,
+                target=wanted,
+                coefficients={name: coefficient.at(step) for name, coefficient in self.coefficients.items()},
+                dead_neuron_mask=dead,
+                num_dead=int(self.shard.all_reduce(dead.sum())) if may_be_dead else 0,
+                n_training_steps=step,
+                is_logging_step=is_logging_step,
+            )
+        )
+        grad_norm = self.optimizer.step(output.loss, step)
+        self.tokens_since_fired += len(x)
+        fire_counts = output.fire_counts
+        self.tokens_since_fired.masked_fill_(fire_counts > 0, 0)
+        self.fired_count += fire_counts
+        self.window_tokens += len(x)
+        return self._metrics(output, wanted, grad_norm, dead, step) if is_logging_step else {}
+
+    def fit_for_release(self) -> None:
+        """Fits what the release alone needs to the last rows; before a checkpoint."""
+        if self.last_rows is not None and not self.frozen:
+            self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
+
+    def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        if not self.scales_inputs:
+            return x.to(self.sae.dtype)
+        # In float32 at least: a factor rounded to bfloat16 would not be the one that is folded into the release.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide) * scale.to(wide)).to(self.sae.dtype)
+
+    def _metrics(
+        self, output: TrainStepOutput, target: Tensor, grad_norm: Tensor, dead: Tensor, step: int
+    ) -> dict[str, Tensor]:
+        sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum(), output.active_latents]))
+        own = {name: value() if callable(value) else value for name, value in output.metrics.items()}
+        return {
+            "losses/overall_loss": output.loss,
+            **{f"losses/{name}": value for name, value in output.losses.items()},
+            "metrics/explained_variance": explained_variance(target, output.sae_out),
+            "metrics/l0": sums[2] / len(output.sae_in),
+            **{f"metrics/{name}": torch.as_tensor(value) for name, value in own.items()},
+            "sparsity/dead_features": sums[0],
+            "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
+            "details/grad_norm": grad_norm,
+            "details/skipped_updates": self.optimizer.skipped,
+            **{
+                f"details/{name}_coefficient": torch.tensor(coefficient.at(step))
+                for name, coefficient in self.coefficients.items()
+            },
+        }
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds of this shard's latents: dim 0 is the latent."""
+        own = {name: tensor.data for name, tensor in self.sae.tensors().items() if name not in self.sae.replicated}
+        counters = {"tokens_since_fired": self.tokens_since_fired, "fired_count": self.fired_count}
+        return {**own, **self.optimizer.row_tensors(), **counters}
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds once per SAE."""
+        own = {name: tensor.data for name, tensor in self.sae.tensors().items() if name in self.sae.replicated}
+        rest = {
+            "window_tokens": self.window_tokens,
+            "activation_scale": self.scale,
+            "target_scale": self.target_scale,
+            "frozen": self.frozen,
+        }
+        return {**own, **self.optimizer.replicated_tensors(), **rest}
+
+    def check_replicas(self) -> None:
+        """``RuntimeError`` unless what is replicated is bit for bit the same on all shards."""
+        for name, tensor in self.sae.tensors().items():
+            if name not in self.sae.replicated:
+                continue
+            if not torch.equal(self.shard.all_reduce(tensor, "max"), self.shard.all_reduce(tensor, "min")):
+                raise RuntimeError(
+                    f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it"
+                )
