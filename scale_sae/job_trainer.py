@@ -1,5 +1,7 @@
 """One SAE in training on one rank: its shard, its optimizer, what is counted of its latents."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -89,13 +91,15 @@ class JobTrainer:
                 is_logging_step=is_logging_step,
             )
         )
+        # Before the update: activations that are made when they are asked for are those of these weights.
+        own = _called(output.metrics) if is_logging_step else {}
         grad_norm = self.optimizer.step(output.loss, step)
         self.tokens_since_fired += len(x)
         fire_counts = output.fire_counts
         self.tokens_since_fired.masked_fill_(fire_counts > 0, 0)
         self.fired_count += fire_counts
         self.window_tokens += len(x)
-        return self._metrics(output, wanted, grad_norm, dead, step) if is_logging_step else {}
+        return self._metrics(output, own, wanted, grad_norm, dead, step) if is_logging_step else {}
 
     def fit_for_release(self) -> None:
         """Fits what the release alone needs to the last rows; before a checkpoint."""
@@ -110,16 +114,21 @@ class JobTrainer:
         return (x.to(wide) * scale.to(wide)).to(self.sae.dtype)
 
     def _metrics(
-        self, output: TrainStepOutput, target: Tensor, grad_norm: Tensor, dead: Tensor, step: int
+        self,
+        output: TrainStepOutput,
+        own: dict[str, Tensor],
+        target: Tensor,
+        grad_norm: Tensor,
+        dead: Tensor,
+        step: int,
     ) -> dict[str, Tensor]:
         sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum(), output.active_latents]))
-        own = {name: value() if callable(value) else value for name, value in output.metrics.items()}
         return {
             "losses/overall_loss": output.loss,
             **{f"losses/{name}": value for name, value in output.losses.items()},
             "metrics/explained_variance": explained_variance(target, output.sae_out),
             "metrics/l0": sums[2] / len(output.sae_in),
-            **{f"metrics/{name}": torch.as_tensor(value) for name, value in own.items()},
+            **{f"metrics/{name}": value for name, value in own.items()},
             "sparsity/dead_features": sums[0],
             "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
             "details/grad_norm": grad_norm,
@@ -158,3 +167,8 @@ class JobTrainer:
                 raise RuntimeError(
                     f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it"
                 )
+
+
+def _called(metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]) -> dict[str, Tensor]:
+    """An SAE's own metrics as scalar tensors."""
+    return {name: torch.as_tensor(value() if callable(value) else value) for name, value in metrics.items()}

@@ -103,8 +103,7 @@ def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int]) 
     elif entry.hookpoint_out is not None:
         raise UserError(
             f"{key}.hookpoint_out: {target} cannot be the target of {entry.architecture}, which reconstructs its "
-            "input; "
-            "remove the key, or choose a transcoder"
+            "input; remove the key, or choose a transcoder"
         )
     sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
     train = config.train_of(entry)

@@ -95,7 +95,9 @@ def save_run(
         for hookpoint in hookpoints:
             sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
             cfg = registry.training_config(entry.architecture, D_IN, entry.options, f"saes.{index}")
-            jobs.append(job_entry(sae_id, hookpoint, index, cfg, entry.architecture, entry.hookpoint_out))
+            target = entry.hookpoint_out
+            assert target is None or isinstance(target, str)
+            jobs.append(job_entry(sae_id, hookpoint, index, cfg, entry.architecture, target))
             rows, replicated = tensors(entry.architecture, cfg, sae_id)
             folder = checkpoint.sae_folder(root, sae_id)
             digests |= checkpoint.save_replicated(root, folder, replicated)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +210,15 @@ class Doubling(TopKSAE):
 
 
 def test_unusable_rows_pass_through() -> None:
-    rows = torch.ones(10, 4)
+    rows = torch.linspace(1, 2, 3000)[:, None].repeat(1, 4)  # more than go through an SAE at once
     rows[3] = torch.nan
-    rows[7] = 1e4
+    rows[2007] = 1e4
     sums = Reconstruction(Doubling())
     out = sums.add(rows, rows)
-    assert sums.rows == 8
-    assert out[3].isnan().all() and torch.equal(out[7], rows[7]) and torch.equal(out[0], 2 * rows[0])
+    assert sums.rows == 2998
+    usable = [row for row in range(3000) if row not in (3, 2007)]
+    assert torch.equal(out[usable], 2 * rows[usable])
+    assert out[3].isnan().all() and torch.equal(out[2007], rows[2007])
 
 
 def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
@@ -228,10 +231,13 @@ def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
         def decode(self, feature_acts: Tensor) -> Tensor:
             return feature_acts
 
+    @dataclass(kw_only=True)
+    class WideningConfig(TranscoderConfig):
+        k: int = 2
+
     x, y = torch.full((10, 2), 3.0), torch.ones(10, 4)
     x[2], y[5] = torch.nan, 1e4
-    cfg = TranscoderConfig(d_in=2, d_sae=4, d_out=4, apply_b_dec_to_input=False)
-    sums = Reconstruction(Widening(cfg))
+    sums = Reconstruction(Widening(WideningConfig(d_in=2, d_sae=4, d_out=4, apply_b_dec_to_input=False)))
     out = sums.add(x, y)
     assert sums.rows == 8
     assert torch.equal(out[[2, 5]], y[[2, 5]])
@@ -240,6 +246,8 @@ def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
     # By hand: y - ŷ = (-2, -2, 4, 4), of norm² 40; ‖y‖ = 2, ‖ŷ‖ = 6, their product is 0; all y are the same.
     assert math.isnan(figures["shrinkage"]["relative_reconstruction_bias"])
     assert math.isnan(figures["reconstruction_quality"]["explained_variance"])
+    # The target's principal components are no rival of what is predicted from another place.
+    assert "pca_fvu" not in figures["reconstruction_quality"]
     assert figures["reconstruction_quality"]["mse"] == pytest.approx(40)
     assert figures["shrinkage"]["l2_norm_in"] == pytest.approx(2) and figures["shrinkage"]["l2_ratio"] == pytest.approx(
         3

@@ -6,12 +6,17 @@ import pytest
 
 from scale_sae.config import from_dict
 from scale_sae.errors import UserError
-from scale_sae.jobs import resolve
+from scale_sae.jobs import JobSpec, resolve
 from scale_sae.topology import Job
 
 
 def run_of(*saes: dict[str, Any], hookpoints: tuple[str, ...] = ("model.layers.*.mlp:in",), **keys: Any) -> Any:
     return from_dict({"hookpoints": list(hookpoints), "saes": [{"d_sae": 64, **sae} for sae in saes], **keys})
+
+
+def widths_of(job: JobSpec) -> tuple[int, int]:
+    cfg: Any = job.cfg  # of a transcoder
+    return cfg.d_in, cfg.d_out
 
 
 TRANSCODER = {"architecture": "transcoder", "hookpoint_out": "model.layers.*.mlp"}
@@ -24,7 +29,7 @@ def test_each_transcoder_predicts_the_module_of_its_own_layer() -> None:
     assert [(job.hookpoint, job.target) for job in transcoders] == [
         (f"model.layers.{i}.mlp:in", f"model.layers.{i}.mlp") for i in range(4)
     ]
-    assert [(job.cfg.d_in, job.cfg.d_out) for job in transcoders] == [(256, 256)] * 4
+    assert [widths_of(job) for job in transcoders] == [(256, 256)] * 4
     assert (last.sae_id, last.hookpoint, last.target) == ("model.layers.2/sae", "model.layers.2", "model.layers.2")
     # What crosses to the SAE ranks: inputs and targets, in model order, and nothing else that a pattern matches.
     assert list(widths) == [
@@ -64,7 +69,7 @@ def test_a_target_of_another_width_must_be_said_to_be_so() -> None:
     ):
         resolve(run_of(inner))
     _, jobs = resolve(run_of({**inner, "d_out": 640}))
-    assert {(job.cfg.d_in, job.cfg.d_out) for job in jobs} == {(256, 640)}
+    assert {widths_of(job) for job in jobs} == {(256, 640)}
     with pytest.raises(UserError, match=r"saes\.0\.d_out: 256 must be 640, the width of model\.layers\.0\.mlp\.act_fn"):
         resolve(run_of({**inner, "d_out": 256}))
     with pytest.raises(UserError, match=r"saes\.0\.d_out: 640 must be 256, the width of model\.layers\.0\.mlp$"):

@@ -95,8 +95,8 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
     def fit_for_release(self, sae_in: Tensor) -> None:
         """Sets the threshold that leaves k activations per row in the mean over ``sae_in``, with these very weights."""
         scores = self._hidden_pre(sae_in)
-        rows, latents = self.select(scores)
-        wanted = int(self.cfg.k * len(scores))
+        wanted = max(1, int(self.cfg.k * len(scores)))
+        rows, latents = select_batch_topk(scores, wanted, self.shard)
         found = self.shard.all_reduce(torch.tensor(len(rows), device=scores.device))
         least = self._least(scores[rows, latents])
         # Fewer positive activations than wanted: all of them stay.

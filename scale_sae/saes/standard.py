@@ -65,5 +65,4 @@ class StandardTrainingSAE(TrainingSAE):
             return self.shard.sum(acts.abs().sum(dim=-1))
         # Powers of 0 have no slope to follow; a row without activations has norm 0 and pulls at nothing.
         powers = torch.where(acts == 0, 0, acts.abs().masked_fill(acts == 0, 1) ** p)
-        sums = self.shard.sum(powers.sum(dim=-1))
-        return torch.where(sums == 0, 0, sums.masked_fill(sums == 0, 1) ** (1 / p))
+        return self.shard.sum(powers.sum(dim=-1)) ** (1 / p)
