@@ -27,7 +27,7 @@ from torch import Tensor
 from scale_sae.errors import UserError
 from scale_sae.tensorfile import Digest, Reader, blocks, file_digest, save
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "complete.json"
 META = "meta.json"
 REPLICATED = "replicated.safetensors"
@@ -259,6 +259,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads((folder / META).read_text())
     if meta["format"] != FORMAT:
         raise UserError(f"{folder / META}: format {meta['format']} is not {FORMAT}, which this version reads")
+    for job in meta.get("jobs", []):
+        if ".." in job["sae_id"] or job["sae_id"].startswith("/"):  # it becomes a folder
+            raise UserError(f"{folder / META}: sae_id {job['sae_id']!r} leaves its folder: this is no run's checkpoint")
     return meta
 
 

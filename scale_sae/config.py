@@ -215,7 +215,7 @@ def _check_targets(key: str, targets: tuple[str, ...], patterns: tuple[str, ...]
     require(len(targets) == len(patterns), key, list(targets), remedy)
     for target, pattern in zip(targets, patterns, strict=True):
         _check_path_part(key, target)
-        remedy = f"has more * than {pattern}; each stands for what the same * stands for there"
+        remedy = f"has more * than {pattern}, whose * say what they stand for"
         require(target.count("*") <= pattern.count("*"), key, target, remedy)
 
 

@@ -137,10 +137,9 @@ def _describe(kind: Any) -> str:
 def convert(value: Any, kind: Any, key: str) -> Any:
     """``value``, as YAML gave it, in the type of the annotation ``kind``.
 
-    Knows bool, int, float, str, None, Literal of texts, ``tuple[T, ...]``, unions of these, and dataclasses, also a
-    dataclass or None. No value
-    changes its type but int and number-like text to float, and list to tuple. UserError, naming ``key``, where it does
-    not fit.
+    Knows bool, int, float, str, None, Literal of texts, ``tuple[T, ...]``, unions of these, dataclasses, and a
+    dataclass or None. No value changes its type but int and number-like text to float, and list to tuple. UserError,
+    naming ``key``, where it does not fit.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         own = getattr(kind, "from_yaml", None)

@@ -177,7 +177,7 @@ class SAEEntry:
         convert(options["d_sae"], int, f"{key}.d_sae")
         require(options["d_sae"] > 0, f"{key}.d_sae", options["d_sae"], "must be above 0")
         if "k" in options:
-            convert(options["k"], float, f"{key}.k")
+            convert(options["k"], int | float, f"{key}.k")
             require(0 < options["k"] <= options["d_sae"], f"{key}.k", options["k"], "must be above 0 and at most d_sae")
         return cls(**entry)
 

@@ -178,10 +178,10 @@ def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> d
 
 
 def has_diverged(folder: Path, job: Mapping[str, Any]) -> bool:
-    """Whether training froze the SAE because its values were no longer finite."""
-    found = {"frozen": torch.zeros((), dtype=torch.bool)}
+    """Whether training froze the SAE, its values no longer finite, or left out most of its updates for that reason."""
+    found = {"frozen": torch.zeros((), dtype=torch.bool), "skipped": torch.zeros((), dtype=torch.int64)}
     checkpoint.load_replicated(checkpoint.sae_folder(folder, job["sae_id"]), found)
-    return bool(found["frozen"])
+    return bool(found["frozen"]) or int(found["skipped"]) > checkpoint.step_of(folder) / 2
 
 
 def firing_statistics(folder: Path, job: Mapping[str, Any], dead_window: int) -> dict[str, float | int | None]:

@@ -177,6 +177,17 @@ def place_of(folder: Path) -> tuple[str, str]:
     return metadata["hook_name"], metadata.get("hook_name_out") or metadata["hook_name"]
 
 
+def run_config_text(folder: Path) -> str:
+    """The config of the run that a released SAE is from, as JSON."""
+    path = folder / "runner_cfg.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: has no {path.name}; evaluate needs the config of the SAE's run, for its model and its held-out "
+            "text, and only releases of scale_sae.consolidate have it"
+        )
+    return path.read_text()
+
+
 TABLE = {
     "explained variance": ("reconstruction_quality", "explained_variance", "{:.4f}"),
     "PCA-k FVU": ("reconstruction_quality", "pca_fvu", "{:.4f}"),
@@ -222,7 +233,7 @@ def run(
     # The SAEs of one run share its model and text.
     runs: dict[str, list[Path]] = {}
     for folder in folders:
-        runs.setdefault((folder / "runner_cfg.json").read_text(), []).append(folder)
+        runs.setdefault(run_config_text(folder), []).append(folder)
     results: dict[str, dict[str, dict[str, float]]] = {}
     problems: list[str] = []
     for text, members in runs.items():

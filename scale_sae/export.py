@@ -214,7 +214,7 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
             released_pre[:, start:stop] = _reader_s(cfg, found, path).pre_activations(x)
         x_hat, released_x_hat = _reconstruct(sae, file, cfg, x, pre, released_pre)
     difference = max(_relative(released_pre, unscaled_pre), _relative(released_x_hat, x_hat))
-    if difference > tolerance(cfg["dtype"]):
+    if not difference <= tolerance(cfg["dtype"]):  # NaN is no agreement
         raise ExportError(
             f"{sae_id}: the released SAE differs from the sharded one by {difference:.1e} (relative), "
             f"more than the {tolerance(cfg['dtype']):.1e} that {cfg['dtype']} explains; nothing was released"
@@ -233,8 +233,8 @@ def _reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """Both reconstructions ``[B, d_out]`` of ``x``, from the largest of ``pre [B, d_sae]`` in each row."""
     latents = pre.topk(min(CHECK_LATENTS, sae.d_sae)).indices
-    acts = torch.zeros_like(pre).scatter_(1, latents, pre.gather(1, latents).relu())
-    released_acts = torch.zeros_like(pre).scatter_(1, latents, released_pre.gather(1, latents).relu())
+    acts = torch.zeros_like(pre).scatter_(1, latents, pre.gather(1, latents))
+    released_acts = torch.zeros_like(pre).scatter_(1, latents, released_pre.gather(1, latents))
     trained = released = torch.zeros((), dtype=torch.float64)
     for start, stop in sae.blocks():
         reader = _reader_s(cfg, read_block(sae, file, start, stop), file.path)

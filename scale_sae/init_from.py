@@ -1,6 +1,5 @@
 """Starts training from a released SAE: each rank reads its own rows of the file, and no more."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from scale_sae.config import InitFrom
 from scale_sae.errors import UserError
 from scale_sae.saes.base import TrainingSAE
-from scale_sae.saes.inference import CFG_FILE, WEIGHTS_FILE
+from scale_sae.saes.inference import CFG_FILE, WEIGHTS_FILE, read_cfg
 from scale_sae.saes.pretrained import resolve
 from scale_sae.tensorfile import Reader, blocks
 
@@ -33,12 +32,11 @@ def load_release(sae: TrainingSAE, wanted: InitFrom, sae_id: str, key: str) -> N
     is_sae = (Path(wanted.release) / CFG_FILE).is_file()
     try:
         folder = resolve(wanted.release, wanted.sae_id or (None if is_sae else sae_id), wanted.revision)
-        cfg = json.loads((folder / CFG_FILE).read_text())
-        _check(sae, cfg)
+        _check(sae, read_cfg(folder))
         with Reader(folder / WEIGHTS_FILE) as file:
             for name, parameter in sae.named_parameters():
                 _fill(parameter, sae, name, file)
-    except (UserError, ValueError, KeyError, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{key}: {wanted.release}: {error}") from None
 
 
@@ -48,10 +46,12 @@ def _check(sae: TrainingSAE, cfg: dict[str, Any]) -> None:
         raise UserError(
             f"holds a {cfg.get('architecture')} SAE; {sae.cfg.architecture()} starts from a {architecture} release"
         )
+    # What a cfg.json leaves out has the released class's default, which may be another than that of training.
+    theirs = sae.cfg.get_inference_config_class().from_dict(cfg)
     ours = sae.cfg.get_inference_sae_cfg_dict()
     for name in SAME:
-        if name in ours and ours[name] != cfg.get(name, ours[name]):
-            raise UserError(f"has {name}: {cfg[name]}, this SAE {ours[name]}; set the same")
+        if name in ours and ours[name] != getattr(theirs, name):
+            raise UserError(f"has {name}: {getattr(theirs, name)}, this SAE {ours[name]}; set the same")
 
 
 def _fill(parameter: torch.nn.Parameter, sae: TrainingSAE, name: str, file: Reader) -> None:

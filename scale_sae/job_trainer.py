@@ -65,14 +65,13 @@ class JobTrainer:
         if self.spec.init_from is not None:
             self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
 
-    def step(self, x: Tensor, target: Tensor, step: int, is_logging_step: bool) -> dict[str, Tensor]:
+    def step(self, x: Tensor, target: Tensor, step: int, is_logging_step: bool) -> dict[str, Tensor | float]:
         """One update on the rows ``x [n, d_in]`` towards ``target [n, d_out]``; returns metrics if it logs."""
         train = self.spec.train
         if step % train.feature_sampling_window == 0:
             self.fired_count.zero_()
             self.window_tokens.zero_()
         if not len(x):
-            self.optimizer.skipped += 1
             return {}
         self.last_rows = x
         dead = self.tokens_since_fired > train.dead_feature_window_tokens
@@ -116,12 +115,12 @@ class JobTrainer:
     def _metrics(
         self,
         output: TrainStepOutput,
-        own: dict[str, Tensor],
+        own: dict[str, Tensor | float],
         target: Tensor,
         grad_norm: Tensor,
         dead: Tensor,
         step: int,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | float]:
         sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum(), output.active_latents]))
         return {
             "losses/overall_loss": output.loss,
@@ -133,10 +132,7 @@ class JobTrainer:
             "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
             "details/grad_norm": grad_norm,
             "details/skipped_updates": self.optimizer.skipped,
-            **{
-                f"details/{name}_coefficient": torch.tensor(coefficient.at(step))
-                for name, coefficient in self.coefficients.items()
-            },
+            **{f"details/{name}_coefficient": coefficient.at(step) for name, coefficient in self.coefficients.items()},
         }
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -169,6 +165,6 @@ class JobTrainer:
                 )
 
 
-def _called(metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]) -> dict[str, Tensor]:
-    """An SAE's own metrics as scalar tensors."""
-    return {name: torch.as_tensor(value() if callable(value) else value) for name, value in metrics.items()}
+def _called(metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]) -> dict[str, Tensor | float]:
+    """An SAE's own metrics, with those called that are functions."""
+    return {name: value() if callable(value) else value for name, value in metrics.items()}

@@ -105,6 +105,9 @@ def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int]) 
             f"{key}.hookpoint_out: {target} cannot be the target of {entry.architecture}, which reconstructs its "
             "input; remove the key, or choose a transcoder"
         )
+    batch = config.train.train_batch_size_tokens
+    if isinstance(k := getattr(cfg, "k", None), int | float) and k * batch < 1:
+        raise UserError(f"{key}.k: {k} times {batch} rows is less than one active latent in a batch; raise it")
     sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
     train = config.train_of(entry)
     return JobSpec(sae_id, hookpoint, target, index, entry.architecture, cfg, train, entry.init_from)

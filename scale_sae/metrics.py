@@ -115,9 +115,11 @@ def _truncate(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def to_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """One transfer from the device for all of ``values`` (0-dim tensors)."""
-    if not values:
-        return {}
-    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+def to_floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All of ``values`` (numbers and 0-dim tensors) as floats, in their order; one transfer from each device."""
+    found = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
+    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
+    for device in {tensor.device for tensor in tensors.values()}:
+        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        found |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
+    return {name: found[name] for name in values}

@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypedDict
@@ -20,6 +20,7 @@ from torch import Tensor
 from scale_sae.errors import UserError
 
 BLOCK_BYTES = 64 * 2**20
+LARGEST_HEADER = 100_000_000  # bytes; the library's limit
 
 DTYPES = {
     "F64": torch.float64,
@@ -138,13 +139,11 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("rb")
-        size = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(size))
-        header.pop("__metadata__", None)
-        self.entries = {
-            name: Entry(DTYPES[item["dtype"]], tuple(item["shape"]), 8 + size + item["data_offsets"][0])
-            for name, item in header.items()
-        }
+        try:
+            self.entries = _entries(self._file.read(8), self._file.read)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._file.close()
+            raise UserError(f"{path}: is not a whole safetensors file ({error!r}); get the file again") from None
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +180,19 @@ class Reader:
             if not count:
                 raise UserError(f"{self.path}: the file ends at byte {offset}, its header promises more (truncated)")
             view, offset = view[count:], offset + count
+
+
+def _entries(length: bytes, read: Callable[[int], bytes]) -> dict[str, Entry]:
+    """What a file's header says; ValueError and the like where it says nothing of use."""
+    size = int.from_bytes(length, "little")
+    if size > LARGEST_HEADER:
+        raise ValueError(f"a header of {size} bytes")
+    header = json.loads(read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(DTYPES[item["dtype"]], tuple(item["shape"]), 8 + size + item["data_offsets"][0])
+        for name, item in header.items()
+    }
 
 
 class Writer:

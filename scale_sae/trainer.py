@@ -209,7 +209,9 @@ class Trainer:
 
     # ---- logging and guards ---------------------------------------------------------------------------------------
 
-    def _log(self, measured: Sequence[tuple[JobTrainer, dict[str, Tensor]]], writer: MetricsWriter | None) -> None:
+    def _log(
+        self, measured: Sequence[tuple[JobTrainer, dict[str, Tensor | float]]], writer: MetricsWriter | None
+    ) -> None:
         tokens = self.step * self.schedule.batch
         now = time.monotonic()
         rate = (self.step - self.clock[1]) * self.schedule.batch / max(now - self.clock[0], 1e-9)
@@ -271,7 +273,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this step, all SAE ranks together. It appears complete or not at all."""
         for job in self.jobs:
-            job.fit_for_release()
+            try:
+                job.fit_for_release()
+            except NonFiniteError:
+                # The last update was one too many. On all shards at once, as in a step.
+                job.frozen.fill_(True)
             job.check_replicas()
         if self.is_main:
             checkpoint.begin(self.run_dir, self.step)

@@ -1,5 +1,6 @@
 """Whole runs on real processes, for the tests: small configs, ranks by fork or by ``accelerate launch``."""
 
+import functools
 import json
 import os
 import signal
@@ -36,11 +37,16 @@ TOPOLOGIES: dict[str, tuple[Topology, int]] = {
 }
 
 
+@functools.cache  # most tests write one; looking for the files takes most of a second
+def texts(files: int) -> str:
+    """JSON lines with the first 20,000 characters of each of the first ``files`` modules of the standard library."""
+    found = (file.read_text(encoding="utf-8", errors="ignore") for file in standard_library_files()[:files])
+    return "".join(json.dumps({"text": text[:20000]}) + "\n" for text in found)
+
+
 def write_texts(path: Path, files: int = 12) -> Path:
     """A small local dataset, so that the ranks of a test need not read the whole standard library."""
-    with path.open("w") as out:
-        for file in standard_library_files()[:files]:
-            out.write(json.dumps({"text": file.read_text(encoding="utf-8", errors="ignore")[:20000]}) + "\n")
+    path.write_text(texts(files))
     return path
 
 

@@ -226,18 +226,28 @@ OWN = "my_saes:"
 ENTRIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an architecture like another": (
         STANDARD | {"architecture": "jump_relu"},
-        [".architecture", "'jump_relu'", "did you mean jumprelu, ", "known are abstopk, batchtopk, ", "module:Class"],
+        [".architecture", "'jump_relu'", "did you mean jumprelu, ", "known are ", " abstopk, ", "module:Class"],
     ),
     "an option of others": (
         TOPK | {"l1_coefficient": 1},
-        [".l1_coefficient: not an option of topk", "but of gated, ", "standard", "options are", "aux_loss_coefficient"],
+        [
+            ".l1_coefficient: not an option of topk",
+            "but of ",
+            " gated, ",
+            " standard",
+            "options are",
+            "aux_loss_coefficient",
+        ],
     ),
-    "a k without a choice of k": (STANDARD | {"k": 4}, [".k: not an option of standard", "but of abstopk, ", "topk"]),
+    "a k without a choice of k": (
+        STANDARD | {"k": 4},
+        [".k: not an option of standard", "but of ", " abstopk, ", " topk"],
+    ),
     "a misspelt option": (STANDARD | {"l1_coeficient": 1}, [".l1_coeficient", "did you mean l1_coefficient"]),
     "another width than the hookpoint's": (TOPK | {"d_in": 13}, [".d_in: 13 must be 256", "leave it out"]),
     "a share as k": (TOPK | {"k": 0.05}, [".k: 0.05 must be an integer"]),
     "half a latent": (TOPK | {"k": 4.5}, [".k: 4.5 must be an integer"]),
-    "no number as k": (TOPK | {"k": None}, [".k: None is not a number"]),
+    "no number as k": (TOPK | {"k": None}, [".k: None is not an integer", "or a number"]),
     "no latent": (MATRYOSHKA | {"k": 0, "matryoshka_widths": [16]}, [".k: 0 must be above 0 and at most d_sae"]),
     "no widths": (MATRYOSHKA, [".matryoshka_widths: []", "for example [512, 2048]"]),
     "empty widths": (MATRYOSHKA | {"matryoshka_widths": []}, [".matryoshka_widths: []", "for example [512, 2048]"]),
@@ -273,7 +283,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a target with more *": (
         TRANSCODER | {"hookpoint_out": "model.*.*.mlp"},
-        [".hookpoint_out: 'model.*.*.mlp' has more * than model.layers.*.mlp:in", "stands for"],
+        [".hookpoint_out: 'model.*.*.mlp' has more * than model.layers.*.mlp:in", "stand for"],
     ),
     "targets that are too few": (
         TRANSCODER | {"hookpoints": ["model.layers.1.mlp:in", "model.layers.2.mlp:in"], "hookpoint_out": ["a.b"]},

@@ -38,6 +38,39 @@ def test_one_diverges_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "model.layers.1/diverging: has diverged" in capfd.readouterr().err
 
 
+def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path) -> None:
+    """Its threshold can no longer be fitted; the checkpoint is written all the same, with the SAE frozen."""
+    bad = {"name": "bad", "architecture": "batchtopk", "d_sae": 256, "k": 8, "lr": 1e38}
+    config = runs.tiny_config(
+        tmp_path,
+        saes=[{"name": "healthy", "d_sae": 256, "k": 8}, bad],
+        hookpoints=["model.layers.0"],
+        model={"name": "embedded"},
+        train={"training_tokens": 3 * 128, "train_batch_size_tokens": 128},
+        checkpoint={"every_steps": 1, "keep": 3},
+        topology={"lm": "colocated", "sae": {"tp": 2}},
+    )
+    runs.forked_run(runs.write_config(tmp_path, config), 2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.complete(tmp_path / "run")] == [3, 2, 1]
+    reports = consolidate(tmp_path / "run", tmp_path / "release", step=1)
+    assert [report.sae_id for report in reports] == ["model.layers.0/healthy"]
+
+
+def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:
+    """A ReLU SAE overflows without a word of NonFiniteError, and ends before enough updates are skipped to freeze it."""
+    bad = {"name": "bad", "architecture": "standard", "d_sae": 256, "lr": 1e38}
+    config = runs.tiny_config(
+        tmp_path,
+        saes=[{"name": "healthy", "d_sae": 256, "k": 8}, bad],
+        hookpoints=["model.layers.0"],
+        model={"name": "embedded"},
+        train={"training_tokens": 10 * 128, "train_batch_size_tokens": 128},
+    )
+    runs.forked_run(runs.write_config(tmp_path, config), 1)
+    reports = consolidate(tmp_path / "run", tmp_path / "release")
+    assert [report.sae_id for report in reports] == ["model.layers.0/healthy"]
+
+
 def test_a_named_checkpoint_starts_a_run_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = tmp_path / "first"
     first.mkdir()

@@ -156,6 +156,19 @@ def test_bad_arguments(
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
+def test_a_release_without_its_run_s_config_is_refused(
+    tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    theirs = write_sae(tmp_path / "release/theirs", run_config, identity_sae(), k=D_IN)
+    (theirs / "runner_cfg.json").unlink()
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(str(tmp_path / "release"), tokens=512)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {theirs}: has no runner_cfg.json; ") and error.count("\n") == 1
+    assert "config of the SAE's run" in error and "releases of scale_sae" in error
+
+
 def test_a_release_cannot_consent_to_code_of_others(tmp_path: Path, run_config: dict[str, Any]) -> None:
     run_config["model"]["trust_remote_code"] = True
     write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)

@@ -1,10 +1,12 @@
 """Releases: equal to the SAE that was trained, loaded by SAELens, complete or absent, and wrong inputs named."""
 
+import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,31 @@ def test_every_job_is_released_and_in_the_card(tmp_path: Path, capsys: pytest.Ca
 
 def export_files() -> set[str]:
     return {export.WEIGHTS, export.CFG, export.SPARSITY, export.RUNNER_CFG}
+
+
+def test_blocks_do_not_outlive_their_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SAE refers to itself, so its memory would come back whenever Python collects garbage: many blocks later."""
+    save_run(tmp_path / "run", saes=[{**TOPK, "name": "a"}, {**TOPK, "name": "b"}])
+    made: list[weakref.ref[TrainingSAE]] = []
+    alive: list[int] = []
+    create = registry.create
+
+    def counted(*arguments: Any) -> TrainingSAE:
+        alive.append(sum(sae() is not None for sae in made))
+        sae = create(*arguments)
+        made.append(weakref.ref(sae))
+        return sae
+
+    monkeypatch.setattr(registry, "create", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        consolidate(tmp_path / "run", tmp_path / "out")
+    finally:
+        gc.enable()
+    # Of each width one: 1, 2 and 3 for the layout, 11 for the blocks, and the 8 latents that are left at the end.
+    assert len(made) == 10 and max(alive) == 4
+    assert not any(sae() for sae in made)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

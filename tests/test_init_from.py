@@ -157,6 +157,20 @@ def test_releases_that_do_not_fit(tmp_path: Path, architecture: str, options: di
         load_release(sae, InitFrom(str(tmp_path / "sae")), "unused", "saes.0.init_from")
 
 
+def test_what_a_cfg_leaves_out_has_the_release_s_default(tmp_path: Path) -> None:
+    """SAELens's TopK releases need not say whether they rescale, and then do not."""
+    write_release(tmp_path / "sae", "topk", rescale_acts_by_decoder_norm=False)
+    path = tmp_path / "sae/cfg.json"
+    cfg = json.loads(path.read_text())
+    del cfg["rescale_acts_by_decoder_norm"], cfg["normalize_activations"]
+    path.write_text(json.dumps(cfg))
+    release = InitFrom(str(tmp_path / "sae"))
+    with pytest.raises(UserError, match="has rescale_acts_by_decoder_norm: False, this SAE True; set the same"):
+        load_release(create("topk", config_of("topk"), Shard()), release, "unused", "saes.0.init_from")
+    plain = create("topk", config_of("topk", rescale_acts_by_decoder_norm=False), Shard())
+    load_release(plain, release, "unused", "saes.0.init_from")
+
+
 def test_damaged_releases(tmp_path: Path) -> None:
     write_release(tmp_path / "sae", "topk")
     weights = tmp_path / "sae/sae_weights.safetensors"
@@ -169,6 +183,10 @@ def test_damaged_releases(tmp_path: Path) -> None:
     weights.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=r"^saes\.0\.init_from: .*truncated"):
         load()
+    for broken in (b"\xff" * 8 + whole[8:], b"\x02" + bytes(7) + b"[]", b'\x0e' + bytes(7) + b'{"W_enc": {} }'):
+        weights.write_bytes(broken)
+        with pytest.raises(UserError, match=r"^saes\.0\.init_from: .*is not a whole safetensors file"):
+            load()
     save_file({"W_enc": torch.zeros(D_IN, D_SAE)}, weights)
     with pytest.raises(UserError, match=r"has no tensor W_dec; it holds W_enc"):
         load()

@@ -100,7 +100,7 @@ def test_each_sae_gets_the_rows_that_count_for_it(tmp_path: Path, monkeypatch: p
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     step = JobTrainer.step
 
-    def watch(self: JobTrainer, x: Tensor, target: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def watch(self: JobTrainer, x: Tensor, target: Tensor, *rest: Any) -> dict[str, Tensor | float]:
         seen.setdefault(self.spec.sae_id.rpartition("/")[2], []).append((x, target))
         return step(self, x, target, *rest)
 

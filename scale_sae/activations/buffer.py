@@ -54,7 +54,8 @@ class LaneBuffer:
     def row_norms(self, hookpoint: str) -> Tensor:
         """The norm of every row in the buffer, float64 ``[len(lanes), slots]``; NaN where a slot is not filled."""
         rows = self.state()[hookpoint]
-        norms = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
+        # Lane by lane: the sums in float64 take a copy.
+        norms = torch.stack([torch.linalg.vector_norm(lane, dim=1, dtype=torch.float64) for lane in rows])
         filled = torch.arange(rows.shape[1]) < self.counts()[:, None]
         return norms.masked_fill(~filled.to(norms.device), torch.nan)
 

@@ -213,7 +213,6 @@ class TrainingSAE(nn.Module, ABC):
         self.n_local = self.rows.stop - self.rows.start
         self.d_out: int = getattr(cfg, "d_out", None) or cfg.d_in
         self.row_norm = row_norm(cfg.normalize_activations)
-        self.activation_fn = self.get_activation_fn()
         self.W_enc_rows = self.zeros(self.n_local, cfg.d_in, device=device)
         self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
         self.b_dec = self.zeros(self.d_out, device=device)
@@ -258,6 +257,12 @@ class TrainingSAE(nn.Module, ABC):
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """What makes ``[B, n]`` activations of this shard's pre-activations, or of a slice of them."""
         return torch.relu
+
+    @property
+    def activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """What ``get_activation_fn`` gives, which is what a subclass replaces."""
+        # No attribute: one that is a method of the SAE would make it refer to itself, and outlive its last use.
+        return self.get_activation_fn()
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         """The loss coefficients by name; a step finds their present values in ``step_input.coefficients``."""

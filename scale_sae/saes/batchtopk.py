@@ -98,9 +98,10 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         wanted = max(1, int(self.cfg.k * len(scores)))
         rows, latents = select_batch_topk(scores, wanted, self.shard)
         found = self.shard.all_reduce(torch.tensor(len(rows), device=scores.device))
-        least = self._least(scores[rows, latents])
-        # Fewer positive activations than wanted: all of them stay.
-        self.release_threshold.copy_(torch.where(found == wanted, least, 0.0))
+        # Just below the least of them, since a release keeps what is above; all, where there are fewer than wanted.
+        least = self._least(scores[rows, latents]).to(torch.promote_types(self.dtype, torch.float32))
+        below = torch.nextafter(least, torch.zeros_like(least))
+        self.release_threshold.copy_(torch.where(found == wanted, below, 0.0))
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float, target_factor: float | None = None) -> None:

@@ -163,7 +163,7 @@ class SAE(nn.Module, ABC):
             UserError: a file is missing or unreadable; an architecture, value or tensor is not what it can be.
         """
         folder = Path(folder)
-        cfg = _read_cfg(folder)
+        cfg = read_cfg(folder)
         try:
             dtype = as_dtype(cfg.get("dtype", "float32") if dtype is None else dtype)
         except UserError as error:
@@ -334,7 +334,8 @@ def _check_tensors(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"tensor {name} has shape {found}, but by cfg.json {wanted}")
 
 
-def _read_cfg(folder: Path) -> dict[str, Any]:
+def read_cfg(folder: Path) -> dict[str, Any]:
+    """The cfg.json of a release's folder, in today's form. UserError where there is none that can be read."""
     path = folder / CFG_FILE
     if not path.is_file():
         raise UserError(f"{folder}: holds no {CFG_FILE}; give the folder of one SAE of a release")

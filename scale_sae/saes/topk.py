@@ -19,7 +19,15 @@ from scale_sae.saes.base import (
 from scale_sae.saes.released import decoder_norms
 
 # What a subclass may replace only on dense activations: the sparse step does not call it.
-DENSE_HOOKS = ("get_activation_fn", "process_sae_in", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
+DENSE_HOOKS = (
+    "get_activation_fn",
+    "process_sae_in",
+    "pre_activations",
+    "encode",
+    "encode_with_hidden_pre",
+    "decode",
+    "calculate_aux_loss",
+)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +100,7 @@ class TopKTrainingSAE(TrainingSAE):
     @property
     def k_aux(self) -> int:
         """The most dead latents that a row's residual is given to (Gao et al. 2024, appendix B.1)."""
-        return self.d_out // 2
+        return max(1, self.d_out // 2)
 
     # ---- the step on codes ------------------------------------------------------------------------------------------
 
@@ -106,6 +114,7 @@ class TopKTrainingSAE(TrainingSAE):
         scores, scale = self._scores(centred)
         rows, latents = self.select(scores)
         codes = Codes(rows, latents, scores[rows, latents], *scores.shape)
+        _ = codes.by_latent  # worked out once, for all that share these entries
         pre = codes.with_values(codes.values / scale[latents])
         pre_acts = encode_selected(pre, centred, shift, self.W_enc_rows, self.b_enc)
 
