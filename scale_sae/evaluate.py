@@ -183,7 +183,7 @@ def run_config_text(folder: Path) -> str:
     if not path.is_file():
         raise UserError(
             f"{folder}: has no {path.name}; evaluate needs the config of the SAE's run, for its model and its held-out "
-            "text, and only releases of scale_sae.consolidate have it"
+            "text, which releases of scale_sae have"
         )
     return path.read_text()
 

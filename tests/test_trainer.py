@@ -140,10 +140,10 @@ def test_a_batch_without_a_usable_row_is_no_update(tmp_path: Path, tp: int) -> N
         ours = {**predicts.row_tensors(), **predicts.replicated_tensors()}
         theirs = {**fresh.row_tensors(), **fresh.replicated_tensors()}
         changed = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-        return changed, int(ours["skipped"]), int(reconstructs.optimizer.skipped), int(reconstructs.window_tokens)
+        return changed, int(reconstructs.window_tokens)
 
-    # All but the count of skipped updates is as it was; the other SAE had its rows.
-    assert train(run, rows, look) == [(["skipped"], 2, 0, n // 2)] * tp
+    # All is as it was, the count of updates that were skipped as not finite too; the other SAE had its rows.
+    assert train(run, rows, look) == [([], n // 2)] * tp
     assert checkpoint.step_of(checkpoint.complete(Path(run.output_dir))[0]) == 2
 
 
