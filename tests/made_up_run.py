@@ -74,6 +74,7 @@ def job_scalars(window_tokens: int, scales: tuple[float, float] = (1.0, 1.0)) ->
         "window_tokens": torch.tensor(window_tokens),
         "activation_scale": torch.tensor(scales[0], dtype=torch.float64),
         "target_scale": torch.tensor(scales[1], dtype=torch.float64),
+        "skipped": torch.tensor(0),
         "frozen": torch.tensor(False),
     }
 

@@ -292,7 +292,7 @@ def export_files() -> set[str]:
 
 
 def test_blocks_do_not_outlive_their_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An SAE refers to itself, so its memory would come back whenever Python collects garbage: many blocks later."""
+    """An SAE that refers to itself is only freed when Python collects garbage: many blocks later, each 64 MiB."""
     save_run(tmp_path / "run", saes=[{**TOPK, "name": "a"}, {**TOPK, "name": "b"}])
     made: list[weakref.ref[TrainingSAE]] = []
     alive: list[int] = []
@@ -311,8 +311,7 @@ def test_blocks_do_not_outlive_their_sae(tmp_path: Path, monkeypatch: pytest.Mon
         consolidate(tmp_path / "run", tmp_path / "out")
     finally:
         gc.enable()
-    # Of each width one: 1, 2 and 3 for the layout, 11 for the blocks, and the 8 latents that are left at the end.
-    assert len(made) == 10 and max(alive) == 4
+    assert len(made) > 2 * 4 * 9 and max(alive) <= 2  # 9 blocks, which are written and compared
     assert not any(sae() for sae in made)
 
 

@@ -183,7 +183,7 @@ def test_damaged_releases(tmp_path: Path) -> None:
     weights.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=r"^saes\.0\.init_from: .*truncated"):
         load()
-    for broken in (b"\xff" * 8 + whole[8:], b"\x02" + bytes(7) + b"[]", b'\x0e' + bytes(7) + b'{"W_enc": {} }'):
+    for broken in (b"\xff" * 8 + whole[8:], b"\x02" + bytes(7) + b"[]", b"\x0e" + bytes(7) + b'{"W_enc": {} }'):
         weights.write_bytes(broken)
         with pytest.raises(UserError, match=r"^saes\.0\.init_from: .*is not a whole safetensors file"):
             load()
