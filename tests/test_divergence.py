@@ -57,7 +57,7 @@ def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:
-    """A ReLU SAE overflows without a word of NonFiniteError, and ends before enough updates are skipped to freeze it."""
+    """A ReLU SAE overflows without raising NonFiniteError, and ends before enough skipped updates freeze it."""
     bad = {"name": "bad", "architecture": "standard", "d_sae": 256, "lr": 1e38}
     config = runs.tiny_config(
         tmp_path,
