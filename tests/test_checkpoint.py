@@ -292,10 +292,21 @@ def test_what_copy_would_broadcast_or_round_is_refused(tmp_path: Path) -> None:
         checkpoint.load_replicated(folder, {"window_tokens": torch.zeros(3, dtype=torch.int64)})
 
 
+@pytest.mark.parametrize("sae_id", ["../../elsewhere", "/elsewhere", "model.layers.1/../../elsewhere"])
+def test_an_sae_id_that_leaves_its_folder_is_refused(tmp_path: Path, sae_id: str) -> None:
+    """Consolidation would write to the folder of that name."""
+    saved = write(tmp_path, 1, [])
+    meta = {"format": checkpoint.FORMAT, "step": 1, "jobs": [{"sae_id": sae_id}]}
+    (saved / checkpoint.META).write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="leaves its folder"):
+        checkpoint.read_meta(saved)
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     saved = write(tmp_path, 1, [])
-    (saved / checkpoint.META).write_text(json.dumps({"format": 2, "step": 1}))
-    with pytest.raises(UserError, match="format 2 is not 1"):
+    newer = checkpoint.FORMAT + 1
+    (saved / checkpoint.META).write_text(json.dumps({"format": newer, "step": 1}))
+    with pytest.raises(UserError, match=f"format {newer} is not {checkpoint.FORMAT}"):
         checkpoint.read_meta(saved)
 
 
