@@ -321,7 +321,7 @@ def test_a_sweep_of_k_is_one_launch(tmp_path: Path) -> None:
         "output_dir": tmp_path / "run",
         "data.dataset": runs.write_texts(tmp_path / "texts.jsonl"),
         "data.eval_fraction": 0.2,
-        "train.training_tokens": 40 * 256,
+        "train.training_tokens": 25 * 256,
         "train.train_batch_size_tokens": 256,
         "train.lr_decay_steps": 10,
         "buffer.tokens": 4096,
