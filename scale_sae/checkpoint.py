@@ -265,9 +265,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` complete checkpoints."""
-    kept = complete(run_dir)[:keep]
+def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
+    """Deletes all but the newest ``keep`` complete checkpoints and those of every ``keep_every``-th step."""
+    found = complete(run_dir)
+    kept = found[:keep] + [folder for folder in found if keep_every is not None and step_of(folder) % keep_every == 0]
     for folder in _steps(run_dir):
         if folder not in kept:
             (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one never looks complete

@@ -1,7 +1,8 @@
-"""What one tensor-parallel group does together: sums with the right gradients, exact selection over sharded latents.
+"""What the ranks of an SAE do together: sums with the right gradients, exact selection over sharded latents.
 
-The latents of an SAE are cut over the tp ranks into contiguous ascending blocks, one ``Shard`` each. A single device is
-a shard of size 1 and runs the same code: only this module asks whether a group has one member.
+The latents of an SAE are cut over the tp ranks into contiguous ascending blocks, one ``Shard`` each, and the rows of a
+batch over the dp ranks, ``Shard.dp``. A single device is a shard of size 1 and runs the same code: only this module
+asks whether a group has one member.
 """
 
 import math
@@ -25,12 +26,56 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class NonFiniteError(ValueError):
-    """Some shard's scores hold NaN or an infinity. Every rank of the group raises it, so none waits for another."""
+    """Some rank's scores hold NaN or an infinity. Every rank, tp and dp, raises it, so none waits for another."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tp rank's slice of the latents.
+class Ranks:
+    """This rank's place among some ranks. All of them must make the same calls in the same order.
+
+    Attributes:
+        rank: this rank's position among them.
+        size: how many they are.
+        group: the process group; None only for size 1 (or to mean the whole world).
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, x: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+        """The elementwise ``op`` over the ranks as a new tensor, bit-identical on all of them, without gradient."""
+        reduced = x.detach().clone(memory_format=torch.contiguous_format)
+        if self.size > 1:
+            dist.all_reduce(reduced, _OPS[op], group=self.group)
+        return reduced
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's ``x`` (same shape on all) in rank order: a new tensor ``[size, *x.shape]`` without gradient."""
+        if self.size == 1:
+            return x.detach().clone(memory_format=torch.contiguous_format)[None]
+        gathered = x.new_empty(self.size * x.numel())
+        _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group)
+        return gathered.view(self.size, *x.shape)
+
+    def sum_in_order(self, x: Tensor) -> Tensor:
+        """As ``all_reduce``, for a small ``x``: equal parts give equal bits in every group of ranks.
+
+        The order of an all-reduce is its group's own, so two groups need not agree on the last bit.
+        """
+        return self.all_gather(x).sum(0)
+
+    def total(self, count: int, device: torch.device) -> int:
+        """The sum of every rank's ``count``; with several ranks one host synchronisation of ``device``."""
+        return count if self.size == 1 else int(self.all_reduce(torch.tensor(count, device=device)))
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Shard(Ranks):
+    """One tp rank's slice of the latents, and which part of each batch it sees.
 
     Every member of the group must make the same calls in the same order, backward passes included.
 
@@ -39,12 +84,11 @@ class Shard:
         size: number of tp ranks.
         group: the process group; None only for size 1 (or to mean the whole world).
         d_sae: latents over all shards of the SAE that this is a shard of; 0 where it is not said.
+        dp: the ranks with the same latents. Each has a part of the batch's rows, in rank order; one may have none.
     """
 
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
     d_sae: int = 0
+    dp: Ranks = ALONE
 
     def over(self, d_sae: int) -> "Shard":
         """The same shard, of an SAE with ``d_sae`` latents. UserError where these cannot be split evenly."""
@@ -79,21 +123,6 @@ class Shard:
         """``x``, alike on all ranks, for use with local latents: its gradient is the sum over the shards' gradients."""
         return x if self.size == 1 else _Copy.apply(x, self)
 
-    def all_reduce(self, x: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
-        """The elementwise ``op`` over the shards as a new tensor, bit-identical on all ranks, without gradient."""
-        reduced = x.detach().clone(memory_format=torch.contiguous_format)
-        if self.size > 1:
-            dist.all_reduce(reduced, _OPS[op], group=self.group)
-        return reduced
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Every shard's ``x`` (same shape on all) in rank order: a new tensor ``[size, *x.shape]`` without gradient."""
-        if self.size == 1:
-            return x.detach().clone(memory_format=torch.contiguous_format)[None]
-        gathered = x.new_empty(self.size * x.numel())
-        _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group)
-        return gathered.view(self.size, *x.shape)
-
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -122,7 +151,8 @@ def select_topk(scores: Tensor, k: int, shard: Shard, *, signed: bool = False) -
 
     A row's order is (score descending, global latent ascending), whatever the number of shards; −0.0 and 0.0 are equal.
     Costs one all-gather of ``B·k`` values per rank, one host synchronisation, ``O(B·k·size)`` memory, and beside
-    ``torch.topk`` one pass over the scores, which checks that all are finite.
+    ``torch.topk`` one pass over the scores, which checks that all are finite. Rows know nothing of each other: the dp
+    ranks only tell each other whether they are.
 
     Args:
         scores: ``[B, n_local]`` of any floating dtype, the same on all shards; ``n_local`` may differ and be 0.
@@ -135,7 +165,7 @@ def select_topk(scores: Tensor, k: int, shard: Shard, *, signed: bool = False) -
         ``rows`` and ``latents`` (local numbers), int64 ``[nnz]``, by row and ascending latent inside a row.
 
     Raises:
-        NonFiniteError: a score of any shard is NaN or infinite.
+        NonFiniteError: a score of any shard is NaN or infinite, of any dp rank's rows.
     """
     n_local = scores.shape[1]
     # One candidate more than k shows whether a tie at the threshold was cut; 16-bit values tie so often that a few more
@@ -157,7 +187,8 @@ def select_topk(scores: Tensor, k: int, shard: Shard, *, signed: bool = False) -
         cut &= values[:, -1] == threshold
     else:
         cut.zero_()  # all latents are candidates
-    counts = torch.stack([gathered.isnan().sum(), cut.sum(), (values > threshold[:, None]).sum() + quota.sum()])
+    n_invalid = shard.dp.all_reduce(gathered.isnan().sum())
+    counts = torch.stack([n_invalid, cut.sum(), (values > threshold[:, None]).sum() + quota.sum()])
     n_invalid, n_cut, nnz = counts.tolist()
     if n_invalid:
         raise NonFiniteError("select_topk: the scores hold NaN or infinite values")
@@ -204,32 +235,35 @@ def _reselect(scores: Tensor, rows: Tensor, threshold: Tensor, count: int) -> tu
 def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
     """The entries of this shard that belong to the ``count`` largest of the whole batch over all shards' latents.
 
-    The order is (score descending, row ascending, global latent ascending), whatever the number of shards. Only values
-    above 0 are ever selected: all of them where there are fewer than ``count``.
+    The order is (score descending, row ascending, global latent ascending), whatever the number of shards and of dp
+    ranks, whose rows follow each other. Only values above 0 are ever selected: all of them where there are fewer than
+    ``count``.
 
     No index and no score crosses the link. A rank sends two histograms of 256 KiB, one of 512 KiB more for each 16 bits
-    of the dtype beyond the first 16, and ``4·B`` bytes of tie counts (``4·B·size`` received). Three host
-    synchronisations. Two passes over the scores: one checks that all are finite, one takes the largest of each block of
-    neighbours. These largest bound the threshold from below; all else looks at the few blocks that reach the bound,
-    which are many only where most scores differ by less than the bound's 16 bits can tell.
+    of the dtype beyond the first 16, and ``4·B`` bytes of tie counts (``4·B·size`` received); over dp the histograms
+    again and one count. Three host synchronisations. Two passes over the scores: one checks that all are finite, one
+    takes the largest of each block of neighbours. These largest bound the threshold from below; all else looks at the
+    few blocks that reach the bound, which are many only where most scores differ by less than the bound's 16 bits can
+    tell.
 
     Args:
-        scores: ``[B, n_local]`` of any floating dtype, the same on all shards; ``n_local`` may differ and be 0.
-        count: entries to select over all rows and shards, at least 0.
-        shard: where ``scores`` lies among the latents.
+        scores: ``[B, n_local]`` of any floating dtype, the same on all shards; ``n_local`` may differ and be 0. ``B``
+            may differ between dp ranks and be 0.
+        count: entries to select over all rows, those of the other dp ranks too, and all shards; at least 0.
+        shard: where ``scores`` lies among the latents and in the batch.
 
     Returns:
         ``rows`` and ``latents`` (local numbers), int64 ``[nnz]``, by row and ascending latent inside a row.
 
     Raises:
-        NonFiniteError: a score of any shard is NaN or infinite.
+        NonFiniteError: a score of any shard or dp rank is NaN or infinite.
     """
     shifts = range(8 * scores.dtype.itemsize - 16, -1, -16)  # of the 16-bit digits of a key, highest first
     blocks = _key_blocks(scores, count, shard)
     best = blocks.amax(2)
     # The blocks' best are entries too, so the count-th largest of them is not above the threshold.
     histogram = torch.cat([_histogram(best.flatten(), shifts[0]), _invalid(scores, best)])
-    histogram, invalid = shard.all_reduce(histogram).split([2**15, 1])
+    histogram, invalid = _over_all(histogram, shard).split([2**15, 1])
     digit, _ = _descend(histogram, torch.full_like(invalid, count))
     bound = (digit << shifts[0]).clamp_(min=1).to(blocks.dtype)  # keys from 1 are those of values above 0
 
@@ -243,13 +277,18 @@ def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor,
     keys = found[which, places].long()
     rows, latents = rows[which], numbers[which] * blocks.shape[2] + places
 
-    threshold, left = _descend(shard.all_reduce(_histogram(keys, shifts[0])), torch.full_like(digit, count))
+    threshold, left = _descend(_over_all(_histogram(keys, shifts[0]), shard), torch.full_like(digit, count))
     for shift in shifts[1:]:
-        digit, left = _descend(shard.all_reduce(_histogram(keys, shift, threshold)), left)
+        digit, left = _descend(_over_all(_histogram(keys, shift, threshold), shard), left)
         threshold = threshold << 16 | digit
     chosen = (keys > threshold) | _first_ties(rows, keys == threshold, left, len(scores), shard)
     slots = chosen.nonzero()[:, 0]
     return rows[slots], latents[slots]
+
+
+def _over_all(counts: Tensor, shard: Shard) -> Tensor:
+    """The sum of integers over all shards and dp ranks."""
+    return shard.dp.all_reduce(shard.all_reduce(counts))
 
 
 def _key_blocks(scores: Tensor, count: int, shard: Shard) -> Tensor:
@@ -259,7 +298,7 @@ def _key_blocks(scores: Tensor, count: int, shard: Shard) -> Tensor:
     are so narrow that there are several for each entry to select: the bound would be loose otherwise.
     """
     keys = scores.view(_KEYS[scores.dtype.itemsize])
-    several = scores.numel() * shard.size // (4 * max(count, 1))
+    several = scores.numel() * shard.size * shard.dp.size // (4 * max(count, 1))
     width = min(_BLOCK, 2 ** max(several.bit_length() - 1, 0))
     if rest := keys.shape[1] % width:
         keys = F.pad(keys, (0, width - rest))
@@ -299,10 +338,11 @@ def _descend(histogram: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
 def _first_ties(rows: Tensor, tied: Tensor, left: Tensor, n_rows: int, shard: Shard) -> Tensor:
     """Which of this shard's candidates, in ascending ``rows`` ``[n]``, are among the first ``left`` ties of all shards.
 
-    The order is (row, shard, place in the shard), and the prefix sums below run in it.
+    The order is (dp rank, row, shard, place in the shard), and the prefix sums below run in it.
     """
     own = torch.zeros(n_rows, dtype=torch.int32, device=rows.device).index_add_(0, rows, tied.int())
     counts = shard.all_gather(own)
     reached = counts.t().flatten().cumsum(0).view(n_rows, shard.size)[:, shard.rank]
     elsewhere = reached - own.cumsum(0)  # ties of other shards that come before this shard's part of each row
-    return tied & (tied.cumsum(0) + elsewhere[rows] <= left)
+    earlier = shard.dp.all_gather(counts.sum())[: shard.dp.rank].sum()  # in the rows of lower dp ranks
+    return tied & (tied.cumsum(0) + elsewhere[rows] + earlier <= left)

@@ -120,8 +120,10 @@ def validate(config: RunConfig) -> None:
     _check_train("train", config.train)
     for index, entry in enumerate(config.saes):
         _check_train(f"saes.{index}", config.train_of(entry))
+    keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
+    remedy = f"must be a multiple of checkpoint.every_steps ({every}), or null"
     require(
-        config.checkpoint.buffer == "save", "checkpoint.buffer", config.checkpoint.buffer, "is not built yet; use save"
+        keep_every is None or (keep_every > 0 and keep_every % every == 0), "checkpoint.keep_every", keep_every, remedy
     )
 
 
@@ -158,9 +160,11 @@ def _check_data(data: DataConfig) -> None:
 
 def _check_topology(config: RunConfig) -> None:
     topology, buffer = config.topology, config.buffer
-    require(topology.engine == "local", "topology.engine", topology.engine, "is planned and not built yet; use local")
-    remedy = "is planned and not built yet; use 1, and more tp or groups"
-    require(topology.sae.dp == 1, "topology.sae.dp", topology.sae.dp, remedy)
+    remedy = "is planned and not built yet; use local or fsdp2"
+    require(topology.engine != "deepspeed", "topology.engine", topology.engine, remedy)
+    if topology.engine == "local":
+        remedy = "needs topology.engine: fsdp2; local is for 1"
+        require(topology.sae.dp == 1, "topology.sae.dp", topology.sae.dp, remedy)
     shards = topology.sae.dp * topology.sae.tp
     remedy = f"must be a multiple of topology.sae.dp x topology.sae.tp ({shards})"
     require(buffer.lanes % shards == 0, "buffer.lanes", buffer.lanes, remedy)
@@ -222,7 +226,8 @@ def _check_targets(key: str, targets: tuple[str, ...], patterns: tuple[str, ...]
 def _check_saes(config: RunConfig) -> None:
     require(len(config.saes) > 0, "saes", [], "holds no SAE")
     _check_hookpoints("hookpoints", config.hookpoints)
-    tp = config.topology.sae.tp
+    divisor = "topology.sae.tp" if config.topology.sae.dp == 1 else "topology.sae.dp x topology.sae.tp"
+    shards = config.topology.sae.dp * config.topology.sae.tp
     users: dict[str, list[tuple[int, SAEEntry]]] = {}
     for index, entry in enumerate(config.saes):
         if entry.name is not None:
@@ -231,8 +236,8 @@ def _check_saes(config: RunConfig) -> None:
             _check_hookpoints(f"saes.{index}.hookpoints", entry.hookpoints)
         if entry.hookpoint_out is not None:
             _check_targets(f"saes.{index}.hookpoint_out", config.targets_of(entry), config.hookpoints_of(entry))
-        remedy = f"must be a multiple of topology.sae.tp ({tp})"
-        require(entry.d_sae % tp == 0, f"saes.{index}.d_sae", entry.d_sae, remedy)
+        remedy = f"must be a multiple of {divisor} ({shards})"
+        require(entry.d_sae % shards == 0, f"saes.{index}.d_sae", entry.d_sae, remedy)
         key = "hookpoints" if entry.hookpoints is None else f"saes.{index}.hookpoints"
         require(len(config.hookpoints_of(entry)) > 0, key, [], f"leaves saes.{index} without a hookpoint")
         for pattern in config.hookpoints_of(entry):

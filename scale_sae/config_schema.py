@@ -277,7 +277,10 @@ class CheckpointConfig:
     every_steps: int = 200
     # Newest checkpoints to keep.
     keep: int = 2
-    # save: with the shuffle buffer, so that a restart is bitwise. refill: without it, smaller; the rows then differ.
+    # Beside them, the checkpoints of every so many steps are kept for good; a multiple of every_steps. null: none.
+    keep_every: int | None = None
+    # save: with the shuffle buffer, so that a restart is bitwise. refill: without it, smaller; a restart fills it from
+    # the text that follows, and the rows then differ.
     buffer: Literal["save", "refill"] = "save"
 
 

@@ -1,11 +1,13 @@
-"""One SAE in training on one rank: its shard, its optimizer, what is counted of its latents."""
+"""One SAE in training on one rank: its shard, its engine and optimizer, what is counted of its latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from scale_sae.checkpoint import folder_name
+from scale_sae import checkpoint, engines
 from scale_sae.collectives import Shard
 from scale_sae.init_from import load_release
 from scale_sae.jobs import JobSpec
@@ -18,13 +20,25 @@ from scale_sae.saes.base import TrainCoefficientConfig, TrainStepInput, TrainSte
 class JobTrainer:
     """One SAE in training on this rank. All per-latent tensors are local rows.
 
+    What is counted of the latents covers the rows of all dp ranks, and each dp rank has it of all of the shard's.
+
     Attributes:
+        start: the first global latent of those whose rows this rank saves.
         scale, target_scale: float64 scalars, the factors that inputs and targets are multiplied by before they reach
             the SAE: 1, or with ``expected_average_only_in`` what the trainer found before the first step.
-        last_rows: the rows ``[n, d_in]`` of the last step, as they came.
+        last_rows: this rank's rows ``[n, d_in]`` of the last step, as they came.
     """
 
-    def __init__(self, spec: JobSpec, shard: Shard, device: torch.device, seed: int, total_steps: int):
+    def __init__(
+        self,
+        spec: JobSpec,
+        shard: Shard,
+        device: torch.device,
+        seed: int,
+        total_steps: int,
+        dp_mesh: DeviceMesh | None = None,
+    ):
+        """``dp_mesh``: of the ranks of ``shard.dp``, for the engines that divide parameters."""
         self.spec = spec
         self.shard = shard
         self.total_steps = total_steps
@@ -34,10 +48,10 @@ class JobTrainer:
             name: value if isinstance(value, TrainCoefficientConfig) else TrainCoefficientConfig(value, 0)
             for name, value in self.sae.get_coefficients().items()
         }
-        self.optimizer = Optimizer(self.sae, shard, spec.train, total_steps)
-        rows = shard.rows(spec.cfg.d_sae)
-        self.start = rows.start
-        n = rows.stop - rows.start
+        self.engine = engines.create(self.sae, dp_mesh)
+        self.optimizer = Optimizer(self.engine, spec.train, total_steps)
+        self.start = self.sae.rows.start + self.engine.own.start
+        n = self.sae.n_local
         self.tokens_since_fired = torch.zeros(n, dtype=torch.int64, device=device)
         self.fired_count = torch.zeros(n, dtype=torch.int64, device=device)
         self.window_tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -48,10 +62,13 @@ class JobTrainer:
 
     def load_release(self) -> None:
         """Takes the weights of the release that the config names, if it names one. UserError where they do not fit."""
-        if self.spec.init_from is not None:
-            load_release(
-                self.sae, self.spec.init_from, folder_name(self.spec.sae_id), f"saes.{self.spec.entry}.init_from"
-            )
+        if self.spec.init_from is None:
+            return
+        # Into an SAE of its own: no rank waits for another here, of which one may fail alone.
+        loaded = registry.create(self.spec.architecture, self.spec.cfg, self.shard, self.window_tokens.device)
+        sae_id, key = checkpoint.folder_name(self.spec.sae_id), f"saes.{self.spec.entry}.init_from"
+        load_release(loaded, self.spec.init_from, sae_id, key)
+        self.engine.fill(loaded)
 
     @property
     def scales_inputs(self) -> bool:
@@ -63,15 +80,26 @@ class JobTrainer:
         self.scale.fill_(scale)
         self.target_scale.fill_(target_scale)
         if self.spec.init_from is not None:
-            self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
+            with self.engine.whole():
+                self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
 
-    def step(self, x: Tensor, target: Tensor, step: int, is_logging_step: bool) -> dict[str, Tensor | float]:
-        """One update on the rows ``x [n, d_in]`` towards ``target [n, d_out]``; returns metrics if it logs."""
+    def step(
+        self, x: Tensor, target: Tensor, n_rows: int, step: int, is_logging_step: bool
+    ) -> dict[str, Tensor | float]:
+        """One update; returns metrics if it logs.
+
+        Args:
+            x: ``[n, d_in]``, this rank's rows.
+            target: ``[n, d_out]``, what to reconstruct.
+            n_rows: the rows of all dp ranks; this one may have none of them.
+            step: the update, from 0.
+            is_logging_step: whether metrics are wanted.
+        """
         train = self.spec.train
         if step % train.feature_sampling_window == 0:
             self.fired_count.zero_()
             self.window_tokens.zero_()
-        if not len(x):
+        if not n_rows:
             return {}
         self.last_rows = x
         dead = self.tokens_since_fired > train.dead_feature_window_tokens
@@ -79,7 +107,7 @@ class JobTrainer:
         may_be_dead = step * train.train_batch_size_tokens > train.dead_feature_window_tokens
         sae_in = self._scaled(x, self.scale)
         wanted = sae_in if target is x else self._scaled(target, self.target_scale)
-        output = self.sae.training_forward_pass(
+        output = self.engine.training_forward_pass(
             TrainStepInput(
                 sae_in=sae_in,
                 target=wanted,
@@ -92,18 +120,19 @@ class JobTrainer:
         )
         # Before the update: activations that are made when they are asked for are those of these weights.
         own = _called(output.metrics) if is_logging_step else {}
-        grad_norm = self.optimizer.step(output.loss, step)
-        self.tokens_since_fired += len(x)
-        fire_counts = output.fire_counts
+        grad_norm = self.optimizer.step(output.loss, step, len(x) / n_rows)
+        self.tokens_since_fired += n_rows
+        fire_counts = self.shard.dp.all_reduce(output.fire_counts)
         self.tokens_since_fired.masked_fill_(fire_counts > 0, 0)
         self.fired_count += fire_counts
-        self.window_tokens += len(x)
-        return self._metrics(output, own, wanted, grad_norm, dead, step) if is_logging_step else {}
+        self.window_tokens += n_rows
+        return self._metrics(output, own, wanted, n_rows, grad_norm, dead, step) if is_logging_step else {}
 
     def fit_for_release(self) -> None:
         """Fits what the release alone needs to the last rows; before a checkpoint."""
         if self.last_rows is not None and not self.frozen:
-            self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
+            with self.engine.whole():
+                self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
 
     def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         if not self.scales_inputs:
@@ -117,17 +146,19 @@ class JobTrainer:
         output: TrainStepOutput,
         own: dict[str, Tensor | float],
         target: Tensor,
+        n_rows: int,
         grad_norm: Tensor,
         dead: Tensor,
         step: int,
     ) -> dict[str, Tensor | float]:
-        sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum(), output.active_latents]))
+        active = self.shard.dp.all_reduce(output.active_latents)
+        sums = self.shard.all_reduce(torch.stack([dead.sum(), self.tokens_since_fired.sum(), active]))
+        losses = {"overall_loss": output.loss, **output.losses}
         return {
-            "losses/overall_loss": output.loss,
-            **{f"losses/{name}": value for name, value in output.losses.items()},
-            "metrics/explained_variance": explained_variance(target, output.sae_out),
-            "metrics/l0": sums[2] / len(output.sae_in),
-            **{f"metrics/{name}": value for name, value in own.items()},
+            **self._means({f"losses/{name}": value for name, value in losses.items()}, len(target) / n_rows),
+            "metrics/explained_variance": explained_variance(target, output.sae_out, n_rows, self.shard.dp),
+            "metrics/l0": sums[2] / n_rows,
+            **self._means({f"metrics/{name}": value for name, value in own.items()}, len(target) / n_rows),
             "sparsity/dead_features": sums[0],
             "sparsity/mean_tokens_since_fired": sums[1] / self.spec.cfg.d_sae,
             "details/grad_norm": grad_norm,
@@ -135,17 +166,34 @@ class JobTrainer:
             **{f"details/{name}_coefficient": coefficient.at(step) for name, coefficient in self.coefficients.items()},
         }
 
+    def _means(self, values: Mapping[str, Tensor | float], share: float) -> dict[str, Tensor | float]:
+        """Means over the rows of all dp ranks, of which a ``share`` is this rank's, from means over its own."""
+        if not values:
+            return {}
+        device = self.window_tokens.device
+        own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()])
+        means = self.shard.dp.sum_in_order(own * share if share else torch.zeros_like(own))
+        return dict(zip(values, means, strict=True))
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def row_tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds of this shard's latents: dim 0 is the latent."""
-        own = {name: tensor.data for name, tensor in self.sae.tensors().items() if name not in self.sae.replicated}
+        """Everything that a checkpoint holds of this rank's latents: dim 0 is the latent, from ``start`` on."""
+        return {name: self.engine.own_rows(tensor) for name, tensor in self._latent_tensors().items()}
+
+    def _latent_tensors(self) -> dict[str, Tensor]:
+        """Every tensor over latents: of all of the shard's, or of those whose rows this rank owns."""
+        own = {name: tensor for name, tensor in self._tensors().items() if name not in self.sae.replicated}
         counters = {"tokens_since_fired": self.tokens_since_fired, "fired_count": self.fired_count}
         return {**own, **self.optimizer.row_tensors(), **counters}
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """The SAE's parameters, as this rank owns them, and its buffers."""
+        return {name: tensor.data for name, tensor in (self.sae.tensors() | self.engine.parameters).items()}
+
     def replicated_tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds once per SAE."""
-        own = {name: tensor.data for name, tensor in self.sae.tensors().items() if name in self.sae.replicated}
+        own = {name: tensor for name, tensor in self._tensors().items() if name in self.sae.replicated}
         rest = {
             "window_tokens": self.window_tokens,
             "activation_scale": self.scale,
@@ -154,14 +202,23 @@ class JobTrainer:
         }
         return {**own, **self.optimizer.replicated_tensors(), **rest}
 
+    def load(self, folder: Path) -> None:
+        """Takes up what a checkpoint holds of this SAE in ``folder``. Exchanges nothing with other ranks."""
+        for name, tensor in self._latent_tensors().items():
+            is_whole = len(tensor) == self.sae.n_local
+            checkpoint.load_rows(folder, {name: tensor}, self.sae.rows.start if is_whole else self.start)
+        checkpoint.load_replicated(folder, self.replicated_tensors())
+
     def check_replicas(self) -> None:
-        """``RuntimeError`` unless what is replicated is bit for bit the same on all shards."""
-        for name, tensor in self.sae.tensors().items():
+        """``RuntimeError`` unless what is replicated is bit for bit the same on all shards and dp ranks."""
+        for name, tensor in self._tensors().items():
             if name not in self.sae.replicated:
                 continue
-            if not torch.equal(self.shard.all_reduce(tensor, "max"), self.shard.all_reduce(tensor, "min")):
+            high = self.shard.dp.all_reduce(self.shard.all_reduce(tensor, "max"), "max")
+            low = self.shard.dp.all_reduce(self.shard.all_reduce(tensor, "min"), "min")
+            if not torch.equal(high, low):
                 raise RuntimeError(
-                    f"{self.spec.sae_id}: {name} differs between the shards; this is a defect, please report it"
+                    f"{self.spec.sae_id}: {name} differs between the ranks; this is a defect, please report it"
                 )
 
 

@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sae.collectives import Ranks
 from scale_sae.config import LoggingConfig
 
 
-def explained_variance(target: Tensor, output: Tensor) -> Tensor:
-    """``1 - Σ‖y - ŷ‖² / Σ‖y - mean‖²`` over the rows ``[n, d]``, scalar. Formula: SAELens 6.54's."""
+def explained_variance(target: Tensor, output: Tensor, n_rows: int, dp: Ranks) -> Tensor:
+    """``1 - Σ‖y - ŷ‖² / Σ‖y - mean‖²`` over the ``n_rows`` rows of all dp ranks, scalar. Formula: SAELens 6.54's.
+
+    ``target`` and ``output`` are this rank's rows, ``[n, d]``.
+    """
     wide = torch.promote_types(target.dtype, torch.float32)
     target, output = target.to(wide), output.detach().to(wide)
-    return 1 - (target - output).square().sum() / (target - target.mean(0)).square().sum()
+    mean = dp.all_reduce(target.sum(0)) / n_rows
+    sums = torch.stack([(target - output).square().sum(), (target - mean).square().sum()])
+    error, variance = dp.all_reduce(sums)
+    return 1 - error / variance
 
 
 class MetricsWriter:

@@ -1,13 +1,13 @@
-"""The optimizer of one SAE: clip-norm over all shards, a guard against non-finite steps, Adam on own rows."""
+"""The optimizer of one SAE: clip-norm over all ranks, a guard against non-finite steps, Adam on own rows."""
 
 import math
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from scale_sae.collectives import Shard
-from scale_sae.saes.base import TrainingSAE
+from scale_sae.engines import LocalEngine
 
 if TYPE_CHECKING:  # reading config files needs more than torch
     from scale_sae.config import TrainConfig
@@ -38,19 +38,20 @@ def learning_rate(step: int, total_steps: int, train: "TrainConfig") -> float:
 
 
 class Optimizer:
-    """Adam for one shard of one SAE.
+    """Adam for what one rank owns of one SAE.
 
     Attributes:
         skipped: int64 scalar tensor, the updates left out because the loss or the gradient was not finite.
     """
 
-    def __init__(self, sae: TrainingSAE, shard: Shard, settings: "TrainConfig", total_steps: int):
+    def __init__(self, engine: LocalEngine, settings: "TrainConfig", total_steps: int):
         """The state exists from here on, as zeros, so that a checkpoint can be copied into it."""
-        self.sae = sae
-        self.shard = shard
+        self.engine = engine
+        self.sae = sae = engine.sae
+        self.shard = sae.shard
         self.settings = settings
         self.total_steps = total_steps
-        self.parameters = dict(sae.named_parameters())
+        self.parameters = engine.parameters
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.b_dec.device)
         self.adam = torch.optim.Adam(
             self.parameters.values(), lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), fused=True
@@ -62,24 +63,28 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def step(self, loss: Tensor, step: int) -> Tensor:
+    def step(self, loss: Tensor, step: int, share: float = 1.0) -> Tensor:
         """Backward, clip, update, and drop the gradients. Reads nothing from the device.
 
         Args:
-            loss: scalar, the same on every shard.
+            loss: scalar, the same on every shard: a mean over this rank's rows.
             step: the update, from 0: sets the learning rate.
+            share: how many of the rows of all dp ranks are this rank's: the weight of its loss. Without rows (0) the
+                loss may be NaN.
 
         Returns:
-            The gradient's norm over all shards before clipping, scalar. Where it or the loss is not finite, nothing is
+            The gradient's norm over all ranks before clipping, scalar. Where it or a loss is not finite, nothing is
             updated and ``skipped`` grows by 1.
         """
-        loss.backward()
+        # Backward without rows too: its sums over the other ranks wait for this one.
+        self.engine.backward(loss * share)
+        loss = self.shard.dp.sum_in_order(loss * share if share else torch.zeros_like(loss))
         norm = self._gradient_norm()
         clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(clip)
-        skip = ~(loss.detach().isfinite() & norm.isfinite())
+        skip = ~(loss.isfinite() & norm.isfinite())
         # Fused Adam leaves parameters and state alone where this is 1; it is how torch's gradient scaler skips.
         self.adam.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
         self.adam.param_groups[0]["lr"] = learning_rate(step, self.total_steps, self.settings)
@@ -89,15 +94,15 @@ class Optimizer:
         return norm
 
     def row_tensors(self) -> dict[str, Tensor]:
-        """Adam's moments of this shard's latents, ``adam.exp_avg.W_dec`` and so on: the latent is dimension 0."""
+        """Adam's moments of this rank's latents, ``adam.exp_avg.W_dec`` and so on: the latent is dimension 0."""
         return self._moments(self.parameters.keys() - self.sae.replicated)
 
     def replicated_tensors(self) -> dict[str, Tensor]:
-        """What is the same on every shard: moments of replicated parameters, Adam's step counts, ``skipped``."""
+        """What is the same on every rank: moments of replicated parameters, Adam's step counts, ``skipped``."""
         steps = {f"adam.step.{name}": self.adam.state[p]["step"] for name, p in self.parameters.items()}
         return self._moments(self.sae.replicated & self.parameters.keys()) | steps | {"skipped": self.skipped}
 
-    def _moments(self, names: set[str] | frozenset[str]) -> dict[str, Tensor]:
+    def _moments(self, names: Set[str]) -> dict[str, Tensor]:
         return {
             f"adam.{moment}.{name}": self.adam.state[self.parameters[name]][moment]
             for name in sorted(names)
@@ -105,13 +110,20 @@ class Optimizer:
         }
 
     def _gradient_norm(self) -> Tensor:
-        """Over all shards, each replicated parameter counted once; in float32 where gradients are narrower."""
-        return (self.shard.all_reduce(self._squares(replicated=False)) + self._squares(replicated=True)).sqrt()
+        """Over all ranks, what several of them hold counted once; in float32 where gradients are narrower.
 
-    def _squares(self, *, replicated: bool) -> Tensor:
+        Summed in order: ranks whose norms differed in the last bit would clip what is replicated differently.
+        """
+        replicated = self.parameters.keys() & self.sae.replicated
+        divided = self.engine.divided
+        of_shard = self._squares(self.parameters.keys() - replicated - divided)
+        of_shard += self.shard.dp.sum_in_order(self._squares(divided))
+        return (self.shard.sum_in_order(of_shard) + self._squares(replicated)).sqrt()
+
+    def _squares(self, names: Set[str]) -> Tensor:
         dtype = torch.promote_types(self.sae.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=self.sae.b_dec.device)
         for name, parameter in self.parameters.items():
-            if (name in self.sae.replicated) == replicated and parameter.grad is not None:
+            if name in names and parameter.grad is not None:
                 total += torch.linalg.vector_norm(parameter.grad, dtype=dtype).square()
         return total

@@ -7,14 +7,14 @@ are a (dp, tp) grid in row-major order, inside an LM replica they are its tp ran
 import datetime
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
-from scale_sae.collectives import Shard
+from scale_sae.collectives import ALONE, Ranks, Shard
 from scale_sae.config import TopologyConfig
 from scale_sae.errors import UserError
 
@@ -53,7 +53,8 @@ class Group:
 class Plan:
     """The whole run's topology, the same object on every rank.
 
-    ``lm[p]`` are the tp ranks of LM replica p; in a colocated run every SAE rank is a replica of its own.
+    ``lm[p]`` are the tp ranks of LM replica p; in a colocated run every SAE rank is a replica of its own. ``engine`` is
+    what divides the optimizer state of a group's dp ranks.
     """
 
     world_size: int
@@ -61,6 +62,7 @@ class Plan:
     lm: tuple[tuple[int, ...], ...]
     groups: tuple[Group, ...]
     lanes: int
+    engine: str = "local"
 
     @property
     def sae_ranks(self) -> tuple[int, ...]:
@@ -134,14 +136,15 @@ def plan(topology: TopologyConfig, jobs: Sequence[Job], lanes: int) -> Plan:
         replicas: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in range(n_sae))
     else:
         replicas = tuple(tuple(range(n_sae + p * lm.tp, n_sae + (p + 1) * lm.tp)) for p in range(lm.dp))
-    return Plan(topology.world_size, lm.colocated, replicas, tuple(groups), lanes)
+    return Plan(topology.world_size, lm.colocated, replicas, tuple(groups), lanes, topology.engine)
 
 
 @dataclass(frozen=True)
 class Topology:
     """One rank's place in the plan and its process groups. Groups that a rank is no member of are absent or None.
 
-    ``control`` and ``sae_control`` carry small CPU messages (gloo). ``data`` and ``header`` are keyed by
+    ``control`` and ``sae_control`` carry small CPU messages (gloo), ``checkpoint_control`` those of the threads that
+    write checkpoints, and nothing else. ``data`` and ``header`` are keyed by
     (LM replica, SAE group) in a dedicated run; in a colocated run the one key is (0, 0) and spans the world.
     ``wire`` is the device of what ``data`` carries: the CPU where gloo does, which sends nothing from a GPU.
     """
@@ -153,8 +156,10 @@ class Topology:
     store: Store
     control: dist.ProcessGroup
     sae_control: dist.ProcessGroup | None
+    checkpoint_control: dist.ProcessGroup | None
     group: Group | None
     shard: Shard
+    dp_mesh: DeviceMesh | None
     lm_mesh: DeviceMesh | None
     lm_control: dist.ProcessGroup | None
     data: Mapping[tuple[int, int], dist.ProcessGroup]
@@ -195,15 +200,21 @@ def pick_device(local_rank: int) -> tuple[torch.device, str]:
     return device, "nccl" if local_world <= torch.cuda.device_count() else "gloo"
 
 
-def connect(rank: int, world_size: int, backend: str) -> Store:
-    """Makes the default process group and returns its store.
+def open_store(rank: int, world_size: int) -> Store:
+    """The store in which the ranks find each other: the launcher's, without one rank 0's."""
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    base, _, _ = next(iter(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
+    return base
+
+
+def connect(rank: int, world_size: int, backend: str, base: Store | None = None) -> Store:
+    """Makes the default process group on ``base`` (None: opens the store) and returns a store for the run's own keys.
 
     The keys hold the launcher's restart count: a restarted rank would otherwise read the addresses of the dead ones.
     """
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        base: Store = HashStore()
-    else:
-        base, _, _ = next(iter(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
+    if base is None:
+        base = open_store(rank, world_size)
     store = PrefixStore(f"scale_sae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
     default = "gloo" if backend == "gloo" else f"cpu:gloo,cuda:{backend}"
     dist.init_process_group(default, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
@@ -230,13 +241,19 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
     control = group(range(plan.world_size), "gloo", CONTROL_TIMEOUT)
     assert control is not None
     sae_control = group(plan.sae_ranks, "gloo")
-    shard = Shard()
+    checkpoint_control = group(plan.sae_ranks, "gloo")
+    shard, dp, dp_mesh = Shard(), ALONE, None
     for sae_group in plan.groups:
         for p in range(sae_group.dp):
             ranks = sae_group.ranks[p * sae_group.tp : (p + 1) * sae_group.tp]
             handle = group(ranks, backend)
             if handle is not None:
                 shard = Shard(ranks.index(rank), len(ranks), handle)
+        for t in range(sae_group.tp if plan.engine != "local" else 0):
+            ranks = sae_group.ranks[t :: sae_group.tp]
+            handle = group(ranks, backend)
+            if handle is not None:
+                dp, dp_mesh = Ranks(ranks.index(rank), len(ranks), handle), DeviceMesh.from_group(handle, device.type)
     lm_mesh, lm_control = None, None
     if not plan.colocated:
         for ranks in plan.lm:
@@ -258,8 +275,10 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
         store=store,
         control=control,
         sae_control=sae_control,
+        checkpoint_control=checkpoint_control,
         group=plan.group_of(rank),
-        shard=shard,
+        shard=replace(shard, dp=dp),
+        dp_mesh=dp_mesh,
         lm_mesh=lm_mesh,
         lm_control=lm_control,
         data=data,

@@ -27,10 +27,12 @@ from scale_sae.activations.tokens import open_chunks
 from scale_sae.activations.transport import ColocatedExchange, Receiver, Sender, Start, produce
 from scale_sae.config import RunConfig, SAEEntry, load, to_dict
 from scale_sae.errors import UserError
+from scale_sae.heartbeat import Heartbeat, is_lost_connection, role_of
 from scale_sae.jobs import JobSpec, resolve
 from scale_sae.metrics import MetricsWriter
 from scale_sae.saes import registry
 from scale_sae.saes.check import check_custom
+from scale_sae.snapshots import how_it_goes_on
 from scale_sae.topology import Topology
 from scale_sae.trainer import Stream, Trainer
 
@@ -190,7 +192,7 @@ class Run:
     def _begin(self, found: Path | None) -> None:
         """Makes the folder this run's, once nothing that the user wrote can be wrong any more."""
         if found is not None:
-            self.say(f"going on from {found}")
+            self.say(how_it_goes_on(found))
         if self.is_main:
             rundir.record(self.config)
             if found is not None and found.parent.resolve() == (self.run_dir / "checkpoints").resolve():
@@ -203,7 +205,8 @@ class Run:
             writer = MetricsWriter(
                 self.run_dir, settings, self.schedule.steps, self.schedule.batch, trainer.step, to_dict(self.config)
             )
-        stopped = trainer.fit(stream, self.stop_asked, writer)
+        with trainer.snapshots:
+            stopped = trainer.fit(stream, self.stop_asked, writer)
         if writer is not None:
             writer.close()
         if stopped:
@@ -246,22 +249,13 @@ class Run:
 
     def _check_text(self, trainer: Trainer | None) -> None:
         if trainer is not None and trainer.text_ended:
+            behind = trainer.rows_left_behind
+            lost = f" and {behind} that were lost with shuffle buffers (checkpoint.buffer: refill)" if behind else ""
             raise UserError(
-                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows, but "
+                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows{lost}, but "
                 f"train.training_tokens needs {self.schedule.rows_needed}; all {trainer.step} whole batches were "
                 "trained and saved. For a longer run give more text, and another output_dir"
             )
-
-
-def report_fault(store: topology.Store, rank: int, message: str) -> None:
-    """Prints why the run ends, unless another rank was first: its end is then the cause of this one's."""
-    try:
-        first = store.compare_set("fault", "", str(rank)).decode()
-    except dist.DistError:
-        # Without a launcher's store, rank 0 holds it. It has ended, so it was not this rank that was first.
-        return
-    if first == str(rank):
-        print(message, file=sys.stderr, flush=True)
 
 
 def read_config(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> RunConfig:
@@ -282,9 +276,11 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, backend = topology.pick_device(local_rank)
     # Before the config is read: a launcher ends every rank once one has failed, also one that is not yet up to say why.
-    store = topology.connect(rank, world_size, backend)
+    base = topology.open_store(rank, world_size)
+    pulse = Heartbeat(rank, world_size, local_rank)
     before = ""
     try:
+        store = topology.connect(rank, world_size, backend, base)
         config = agree(lambda: read_config(path, extra, overrides))
         agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
         widths, specs = agree(lambda: resolve(config))
@@ -292,14 +288,19 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
         # One rank is enough: the check simulates the shards.
         agree(lambda: check_classes(specs, config.topology.sae.tp, device) if rank == 0 else None)
         place = topology.build(planned, rank, device, backend, store)
+        pulse.introduce(role_of(planned, rank))
         before = "\n"  # the main process may be in the middle of its progress bar's line
         Run(config, place, specs, widths, stop).train()
+        pulse.leave()
         dist.barrier(group=place.control)
+        pulse.stop()
     except UserError as error:
-        report_fault(store, rank, f"{before}error: {error}")
+        pulse.report(f"{before}error: {error}")
         return 1
-    except Exception:
-        report_fault(store, rank, f"{before}error on rank {rank}:\n{traceback.format_exc()}")
+    except Exception as error:
+        if is_lost_connection(error):
+            pulse.await_verdict()
+        pulse.report(f"{before}error on rank {rank}:\n{traceback.format_exc()}")
         return 1
     dist.destroy_process_group()
     return 0

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scale_sae import checkpoint
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.transport import ReceivedChunk
-from scale_sae.collectives import NonFiniteError
-from scale_sae.config import RunConfig, to_dict
+from scale_sae.collectives import ALONE, NonFiniteError, Ranks
+from scale_sae.config import RunConfig
 from scale_sae.errors import UserError
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import JobSpec
 from scale_sae.metrics import MetricsWriter, to_floats
 from scale_sae.optim import learning_rate
+from scale_sae.snapshots import Position, Snapshots
 from scale_sae.topology import Topology
 
 # A row whose norm is more than this many times the batch's median is left out: massive activations, which some models
@@ -44,12 +44,14 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def usable_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(bool [B]: which rows count, count of non-finite rows, count of outlier rows).
+def usable_rows(x: Tensor, dp: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
+    """(bool [B]: which rows of the batch count, count of non-finite rows, count of outlier rows).
 
-    A function of the batch ``[B, d_in]`` alone, so that all shards agree without a message.
+    ``x [B / dp, d_in]`` are this dp rank's rows. A function of the batch alone, so that all shards agree without a
+    message; dp ranks tell each other the norms.
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    norms = dp.all_gather(norms).flatten()
     finite = torch.isfinite(norms)
     usable = finite & (norms <= OUTLIER_RATIO * torch.where(finite, norms, torch.nan).nanmedian())
     return usable, (~finite).sum(), (finite & ~usable).sum()
@@ -76,13 +78,16 @@ class Trainer:
         self.control = topology.sae_control
         self.run_dir = Path(config.output_dir)
         self.jobs = [
-            JobTrainer(specs[i], topology.shard, topology.device, config.seed, schedule.steps) for i in self.group.jobs
+            JobTrainer(specs[i], topology.shard, topology.device, config.seed, schedule.steps, topology.dp_mesh)
+            for i in self.group.jobs
         ]
         lanes = topology.plan.lane_block(self.group, topology.rank)
         own_widths = {name: widths[name] for name in self.group.hookpoints}
         self.buffer = LaneBuffer(own_widths, lanes, schedule, config.seed, dtype, topology.device)
         self.cursor: dict[str, Any] = {}
         self.chunks_inserted = 0
+        # Rows that were lost with the buffers of checkpoints without one.
+        self.rows_left_behind = 0
         self.step = 0
         self.saved_step: int | None = None
         # Diverged SAEs that were spoken of.
@@ -91,6 +96,7 @@ class Trainer:
         self.text_ended = False
         # Rows that were left out so far: [non-finite, outliers] per hookpoint.
         self.left_out = {name: torch.zeros(2, dtype=torch.int64, device=topology.device) for name in own_widths}
+        self.snapshots = Snapshots(config, specs, topology, self.jobs, self.buffer, self.left_out)
         self.launched_at_step = 0
         self.clock = (time.monotonic(), 0)
 
@@ -115,7 +121,7 @@ class Trainer:
                 stopped = bool(asked[1].item())
                 if stopped:
                     break
-            asked = self._announce(stop_asked())
+            asked = self._announce(stop_asked() or self.snapshots.failed)
             self.text_ended = not self._fill(stream)
             if self.text_ended:
                 break
@@ -125,6 +131,7 @@ class Trainer:
         self._check_non_finite()
         if self.saved_step != self.step:
             self.save()
+        self.snapshots.wait()
         return stopped
 
     def _announce(self, stop: bool) -> tuple[dist.Work, Tensor]:
@@ -153,18 +160,18 @@ class Trainer:
         rows, usable = {}, {}
         for name, part in self.buffer.draw(step).items():
             rows[name] = self.topology.shard.all_gather(part).flatten(0, 1)
-            usable[name], non_finite, outliers = usable_rows(rows[name])
+            usable[name], non_finite, outliers = usable_rows(rows[name], self.topology.shard.dp)
             self.left_out[name] += torch.stack([non_finite, outliers])
         batches = self._batches(rows, usable)
         measured = []
         for job in self.jobs:
             if job.frozen:
                 continue
-            x, target = batches[job.spec.hookpoint, job.spec.target]
+            x, target, n_rows = batches[job.spec.hookpoint, job.spec.target]
             try:
-                metrics = job.step(x, target, step, is_logging_step)
+                metrics = job.step(x, target, n_rows, step, is_logging_step)
             except NonFiniteError:
-                # Raised on all shards at once, so they stay in step.
+                # Raised on all shards and dp ranks at once, so they stay in step.
                 job.frozen.fill_(True)
                 continue
             if metrics:
@@ -178,16 +185,22 @@ class Trainer:
 
     def _batches(
         self, rows: Mapping[str, Tensor], usable: Mapping[str, Tensor]
-    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """(hookpoint, target) → the rows of both that count at both, the same object where they are one."""
+    ) -> dict[tuple[str, str], tuple[Tensor, Tensor, int]]:
+        """(hookpoint, target) → the rows of both that count at both, the same object where they are one; how many.
+
+        The rows are this dp rank's, their number that of all dp ranks.
+        """
         pairs = list(dict.fromkeys((job.spec.hookpoint, job.spec.target) for job in self.jobs))
         both = [usable[source] & usable[target] for source, target in pairs]
-        counts = torch.stack([mask.sum() for mask in both]).tolist()  # the one value of a batch that the host reads
+        dp = self.topology.shard.dp
+        own = [mask.view(dp.size, -1)[dp.rank] for mask in both]
+        # The one reading of a batch that the host does.
+        counts = torch.stack([torch.stack([mask.sum() for mask in masks]) for masks in (both, own)]).t().tolist()
         batches = {}
-        for (source, target), mask, count in zip(pairs, both, counts, strict=True):
+        for (source, target), mask, (n_rows, count) in zip(pairs, own, counts, strict=True):
             x = rows[source] if count == len(mask) else rows[source][mask]
             y = x if source == target else rows[target] if count == len(mask) else rows[target][mask]
-            batches[source, target] = x, y
+            batches[source, target] = x, y, n_rows
         return batches
 
     def _set_scales(self) -> None:
@@ -201,7 +214,8 @@ class Trainer:
                 continue
             for name in (job.spec.hookpoint, job.spec.target):
                 if name not in scales:
-                    norms = self.topology.shard.all_gather(self.buffer.row_norms(name)).flatten()
+                    shard = self.topology.shard
+                    norms = shard.dp.all_gather(shard.all_gather(self.buffer.row_norms(name))).flatten()
                     norms = norms[norms.isfinite()]
                     mean = norms[norms <= OUTLIER_RATIO * norms.median()].mean()
                     scales[name] = float(self.buffer.rows[name].shape[2] ** 0.5 / mean)
@@ -236,7 +250,7 @@ class Trainer:
             )
             job.frozen.fill_(values["details/skipped_updates"] > SKIP_LIMIT)
         frozen = [job.spec.sae_id for job in self.jobs if job.frozen]
-        if self.topology.shard.rank != 0:
+        if self.topology.rank != self.group.ranks[0]:
             records = []
         gathered: list[Any] = [None] * dist.get_world_size(self.control)
         dist.all_gather_object(gathered, (records, frozen), group=self.control)
@@ -271,55 +285,9 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint of this step, all SAE ranks together. It appears complete or not at all."""
-        for job in self.jobs:
-            try:
-                job.fit_for_release()
-            except NonFiniteError:
-                # The last update was one too many. On all shards at once, as in a step.
-                job.frozen.fill_(True)
-            job.check_replicas()
-        if self.is_main:
-            checkpoint.begin(self.run_dir, self.step)
-        dist.barrier(self.control)
-        aside = checkpoint.aside(self.run_dir, self.step)
-        digests: dict[str, checkpoint.Digest] = {}
-        for job in self.jobs:
-            folder = checkpoint.sae_folder(aside, job.spec.sae_id)
-            digests |= checkpoint.save_rows(aside, folder, job.row_tensors(), job.start)
-            if self.topology.shard.rank == 0:
-                digests |= checkpoint.save_replicated(aside, folder, job.replicated_tensors())
-        for name, lanes in self.buffer.state().items():
-            if self._owns(name):
-                folder = checkpoint.stream_folder(aside, name)
-                digests |= checkpoint.save_rows(aside, folder, {"lanes": lanes}, self.buffer.lanes.start)
-                if self.topology.rank == self.group.ranks[0]:
-                    digests |= checkpoint.save_replicated(aside, folder, {"left_out": self.left_out[name]})
-        gathered: list[Any] | None = [None] * dist.get_world_size(self.control) if self.is_main else None
-        dist.gather_object(digests, gathered, dst=0, group=self.control)
-        if gathered is not None:
-            merged = {path: digest for part in gathered for path, digest in part.items()}
-            checkpoint.seal(aside, merged, self._meta())
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
-        dist.barrier(self.control)
+        """Begins a checkpoint of this step, all SAE ranks together; it is written while the training goes on."""
+        self.snapshots.save(Position(self.step, self.chunks_inserted, self.cursor, self.rows_left_behind))
         self.saved_step = self.step
-
-    def _owns(self, hookpoint: str) -> bool:
-        """Whether this group is the one that saves the lanes of ``hookpoint``: the first that has it."""
-        return next(g.index for g in self.topology.plan.groups if hookpoint in g.hookpoints) == self.group.index
-
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": self.step * self.schedule.batch,
-            "config": to_dict(self.config),
-            "jobs": [spec.to_dict() for spec in self.specs],
-            "stream": {
-                "chunks_inserted": self.chunks_inserted,
-                "rows_inserted": self.buffer.inserted,
-                "cursor": self.cursor,
-            },
-        }
 
     def start(self) -> None:
         """Begins a new run, from the weights of releases where the config says so. ``UserError`` if they do not fit."""
@@ -328,19 +296,7 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Takes up the run from a complete checkpoint, whatever topology wrote it."""
-        meta = checkpoint.read_meta(folder)
-        for job in self.jobs:
-            saved = checkpoint.sae_folder(folder, job.spec.sae_id)
-            checkpoint.load_rows(saved, job.row_tensors(), job.start)
-            checkpoint.load_replicated(saved, job.replicated_tensors())
-        block = self.buffer.lanes
-        stream = meta["stream"]
-
-        def read(name: str) -> Tensor:
-            return checkpoint.read_rows(checkpoint.stream_folder(folder, name), "lanes", block.start, block.stop)
-
-        self.buffer.restore(read, stream["rows_inserted"], meta["step"])
-        for name, counts in self.left_out.items():
-            checkpoint.load_replicated(checkpoint.stream_folder(folder, name), {"left_out": counts})
-        self.chunks_inserted, self.cursor = stream["chunks_inserted"], stream["cursor"]
-        self.step = self.saved_step = self.launched_at_step = meta["step"]
+        position = self.snapshots.load(folder)
+        self.chunks_inserted, self.cursor = position.chunks_inserted, position.cursor
+        self.rows_left_behind = position.rows_left_behind
+        self.step = self.saved_step = self.launched_at_step = position.step

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(config: Path, world: int, *arguments: str) -> subprocess.Popen[str]:
-    """Starts ``accelerate launch -m scale_sae.train`` in a process group of its own."""
+def launch(config: Path, world: int, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Starts ``accelerate launch [options] -m scale_sae.train`` in a process group of its own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu.yaml")]
-    command += ["--num_processes", str(world), "-m", "scale_sae.train", "--config", str(config), *arguments]
+    command += ["--num_processes", str(world), *options, "-m", "scale_sae.train", "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
         cwd=config.parent,

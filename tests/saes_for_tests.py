@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from harness import run_ranks
-from scale_sae.collectives import Shard
+from scale_sae.collectives import Ranks, Shard
 from scale_sae.saes import TrainCoefficientConfig, TrainingSAE, TrainStepInput, create, training_config
 
 D_IN, D_OUT, D_SAE, K, BATCH = 16, 12, 64, 6, 32
@@ -129,6 +130,14 @@ def probe(acts: Tensor, hidden_pre: Tensor, rows: slice = slice(None)) -> Tensor
 def on_shards(tp: int, fn: Callable[[Shard], Result]) -> list[Result]:
     """``fn`` of each of tp shards, in their order."""
     return [fn(Shard())] if tp == 1 else run_ranks(tp, lambda rank, world: fn(Shard(rank, world)))
+
+
+def shard_in_grid(rank: int, dp: int, tp: int) -> Shard:
+    """The place of a rank in a (dp, tp) grid of the whole world, row-major as in a run; makes the groups."""
+    rows = [dist.new_group([p * tp + t for t in range(tp)]) for p in range(dp)]
+    columns = [dist.new_group([p * tp + t for p in range(dp)]) for t in range(tp)]
+    p, t = divmod(rank, tp)
+    return Shard(t, tp, rows[p], dp=Ranks(p, dp, columns[t]))
 
 
 def build(case: Case, shard: Shard, dtype: torch.dtype = torch.float64, sae_class: Any = None) -> TrainingSAE:

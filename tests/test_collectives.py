@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness import run_ranks
+from saes_for_tests import shard_in_grid
 from scale_sae import collectives
-from scale_sae.collectives import NonFiniteError, Shard, select_batch_topk, select_topk
+from scale_sae.collectives import NonFiniteError, Ranks, Shard, select_batch_topk, select_topk
 from scale_sae.errors import UserError
 
 B, N = 48, 256
@@ -188,6 +189,29 @@ def test_batch_selection_on_uneven_and_empty_shards(bounds: list[int]) -> None:
         assert_selected(results, key, batch_reference(x, key[1]), bounds)
 
 
+# dp, tp, where the rows of each dp rank begin and end; some have none, as where all of a rank's rows are left out.
+GRIDS = [(2, 2, [0, 20, B]), (3, 1, [0, 0, 31, B]), (2, 1, [0, B, B]), (4, 2, [0, 12, 12, 13, B])]
+
+
+@pytest.mark.parametrize(("dp", "tp", "rows"), GRIDS, ids=str)
+def test_batch_selection_over_dp_ranks_equals_a_stable_sort(dp: int, tp: int, rows: list[int]) -> None:
+    dtypes = DTYPES if (dp, tp) == (2, 2) else (torch.bfloat16,)
+    inputs = {(name, dtype, 20 * B + 3): make().to(dtype) for dtype in dtypes for name, make in CASES.items()}
+    inputs |= {("heavy ties", dtype, count): CASES["heavy ties"]().to(dtype) for dtype in dtypes for count in (0, 700)}
+
+    def worker(rank: int, world: int) -> dict[object, tuple[Tensor, Tensor]]:
+        shard = shard_in_grid(rank, dp, tp)
+        part, own = slice(rows[shard.dp.rank], rows[shard.dp.rank + 1]), shard.rows(N)
+        return {key: select_batch_topk(x[part, own], key[2], shard) for key, x in inputs.items()}
+
+    results = run_ranks(dp * tp, worker)
+    bounds = [N * t // tp for t in range(tp + 1)]
+    for key, x in inputs.items():
+        expected = batch_reference(x, key[2])
+        for p in range(dp):
+            assert_selected(results[p * tp : (p + 1) * tp], key, expected[rows[p] : rows[p + 1]], bounds)
+
+
 def test_batch_selection_of_no_rows_and_no_latents() -> None:
     for shape in ((0, N), (3, 0), (0, 0)):
         for count in (0, 4):
@@ -253,6 +277,35 @@ def test_every_rank_reports_a_non_finite_score(size: int) -> None:
         return missed, shard.all_reduce(torch.ones(())).item()  # the ranks still agree on what comes next
 
     assert run_ranks(size, worker) == [([], size)] * size
+
+
+@pytest.mark.parametrize("selection", ["topk", "batch topk"])
+def test_every_dp_rank_reports_a_non_finite_score(selection: str) -> None:
+    """Of one row on one shard: the other dp ranks would wait for the gradients of those that leave."""
+
+    def worker(rank: int, world: int) -> bool:
+        shard = shard_in_grid(rank, 2, 2)
+        scores = gaussian()
+        scores[0, 0] = math.nan
+        own = scores[shard.dp.rank * 20 :][:, shard.rows(N)]  # the bad row is the first dp rank's
+        with pytest.raises(NonFiniteError):
+            select_topk(own, 4, shard) if selection == "topk" else select_batch_topk(own, 4 * B, shard)
+        return True
+
+    assert run_ranks(4, worker) == [True] * 4
+
+
+def test_sums_in_order_and_totals_over_dp_ranks() -> None:
+    def worker(rank: int, world: int) -> tuple[Tensor, int]:
+        ranks = Ranks(rank, world, dist.group.WORLD)
+        # In float32 the order shows: 1e8 + 1 + 1 − 1e8 is 0 from the left and 2 at best.
+        value = torch.tensor([1e8, 1.0, 1.0, -1e8])[rank]
+        return ranks.sum_in_order(value), ranks.total(rank + 2, torch.device("cpu"))
+
+    results = run_ranks(4, worker)
+    assert [total for _, total in results] == [2 + 3 + 4 + 5] * 4
+    assert len({value.item() for value, _ in results}) == 1
+    assert Ranks().total(7, torch.device("cpu")) == 7
 
 
 def test_only_rows_whose_ties_are_cut_are_selected_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,10 +134,12 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         ("topology.sae.tp", "0", ["topology.sae.tp: 0", "above 0"]),
         ("checkpoint.keep", "0", ["checkpoint.keep: 0", "above 0"]),
         ("logging.log_every_steps", "0", ["logging.log_every_steps: 0", "above 0"]),
+        ("topology.sae.dp", "2", ["topology.sae.dp: 2", "topology.engine: fsdp2"]),
+        ("topology", "{sae: {dp: 3, tp: 2}, engine: fsdp2}", ["buffer.lanes: 64", "sae.dp x topology.sae.tp (6)"]),
         # Planned, and not there yet.
-        ("topology.sae.dp", "2", ["topology.sae.dp: 2", "not built yet"]),
-        ("topology.engine", "fsdp2", ["topology.engine: 'fsdp2'", "not built yet", "local"]),
-        ("checkpoint.buffer", "refill", ["checkpoint.buffer: 'refill'", "not built yet", "save"]),
+        ("topology.engine", "deepspeed", ["topology.engine: 'deepspeed'", "not built yet", "local or fsdp2"]),
+        ("checkpoint.keep_every", "250", ["checkpoint.keep_every: 250", "multiple of checkpoint.every_steps (200)"]),
+        ("checkpoint.keep_every", "0", ["checkpoint.keep_every: 0", "null"]),
         # SAEs.
         ("saes", "[]", ["saes: []"]),
         ("saes.0", "{k: 32}", ["saes.0.d_sae", "missing"]),
@@ -186,6 +188,13 @@ def test_wrong_values_name_key_value_and_remedy(tmp_path: Path, key: str, value:
     message = error_of(tmp_path, yaml.safe_dump(tree), {key: value})
     for part in parts:
         assert part in message
+
+
+def test_latents_are_divided_over_dp_and_tp(tmp_path: Path) -> None:
+    topology = {"topology.sae": "{dp: 2, tp: 4}", "topology.engine": "fsdp2"}
+    assert with_changes(tmp_path, topology).topology.sae.dp == 2
+    message = error_of(tmp_path, yaml.safe_dump(MINIMAL), {**topology, "saes.0.d_sae": "2052"})
+    assert "saes.0.d_sae: 2052" in message and "topology.sae.dp x topology.sae.tp (8)" in message
 
 
 def test_restart_cycles_must_fit_between_warm_up_and_decay(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ LAYERS = [
     {"config_schema"},
     {"config"},
     {"topology", "saes"},
-    {"activations", "optim", "metrics", "checkpoint"},
+    {"activations", "engines", "optim", "metrics", "checkpoint", "heartbeat"},
     {"export", "init_from", "jobs", "rundir"},
     {"job_trainer"},
+    {"snapshots"},
     {"trainer"},
     {"train", "consolidate", "evaluate", "reconstruction", "cli"},
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness import run_ranks
 from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
+from scale_sae.engines import LocalEngine
 from scale_sae.optim import Optimizer, learning_rate
 from scale_sae.saes import TrainingSAE, TrainStepInput, create, training_config
 
@@ -39,7 +40,7 @@ class Run:
 
     def __init__(self, shard: Shard = ONE, train: TrainConfig = TRAIN):
         self.sae = new(shard)
-        self.optimizer = Optimizer(self.sae, shard, train, STEPS)
+        self.optimizer = Optimizer(LocalEngine(self.sae), train, STEPS)
         self.silent = torch.zeros(self.sae.n_local, dtype=torch.int64)
         self.norms: list[Tensor] = []
         self.aux: list[Tensor] = []
@@ -166,7 +167,7 @@ def test_one_shard_s_bad_gradient_stops_all() -> None:
     def run(rank: int, world: int) -> tuple[bool, int]:
         shard = Shard(rank, world)
         sae = new(shard)
-        optimizer = Optimizer(sae, shard, TRAIN, STEPS)
+        optimizer = Optimizer(LocalEngine(sae), TRAIN, STEPS)
         before = sae.W_dec.detach().clone()
         p = sae.W_dec[0, 0]
         optimizer.step((p - p.detach()).sqrt() if rank == 1 else p.square(), 0)  # the losses are finite on both
@@ -185,7 +186,8 @@ def test_clip_norm_counts_replicated_parameters_once(tp: int) -> None:
     def run(rank: int, world: int) -> Tensor:
         shard = Shard(rank, world)
         sae = new(shard)
-        return Optimizer(sae, shard, TRAIN, STEPS).step(torch.stack([p.sum() for p in sae.parameters()]).sum(), 0)
+        loss = torch.stack([p.sum() for p in sae.parameters()]).sum()
+        return Optimizer(LocalEngine(sae), TRAIN, STEPS).step(loss, 0)
 
     n = 2 * D_SAE * D_IN + D_SAE + D_IN
     for norm in [run(0, 1)] if tp == 1 else run_ranks(tp, run):

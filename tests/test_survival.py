@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ def consolidate(run_dir: Path, out: Path) -> dict[str, bytes]:
     command = [sys.executable, "-m", "scale_sae.consolidate", str(run_dir), "--out", str(out)]
     subprocess.run(command, env=runs.environment(), check=True, capture_output=True, timeout=120)
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    code, output = runs.finish(runs.launch(long_config(folder), 4))
-    assert code == 0, output[-3000:]
-    yield consolidate(folder / "run", folder / "release")
 
 
 def check_same_release(run_dir: Path, out: Path, expected: dict[str, bytes]) -> None:

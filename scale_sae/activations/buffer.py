@@ -109,6 +109,11 @@ class LaneBuffer:
         most = self.schedule.inserted(0, self.inserted) - self.draws * (self.schedule.batch // self.schedule.lanes)
         return {name: rows[:, :most] for name, rows in self.rows.items()}
 
+    def start_empty(self, inserted: int, draws: int) -> None:
+        """Goes on with no rows held, as after ``inserted`` rows that ``draws`` batches have taken to the last."""
+        assert inserted == draws * self.schedule.batch
+        self.inserted, self.draws = inserted, draws
+
     def restore(self, read: Callable[[str], Tensor], inserted: int, draws: int) -> None:
         """Takes up the lanes that ``state`` returned after ``inserted`` rows and ``draws`` batches.
 

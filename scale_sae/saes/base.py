@@ -86,7 +86,7 @@ class TrainStepInput:
     """One batch of one SAE, the same on every shard but for the dead latents.
 
     Attributes:
-        sae_in: ``[B, d_in]``, finite.
+        sae_in: ``[B, d_in]``, finite. Where dp ranks share the batch, this rank's rows, which may be none.
         coefficients: the present value of each of ``get_coefficients``.
         dead_neuron_mask: bool ``[n_local]``, this shard's dead latents.
         n_training_steps: optimizer steps made before this one.
@@ -117,7 +117,8 @@ class TrainStepOutput:
         sae_out: ``[B, d_out]``, the whole reconstruction.
         feature_acts: ``[B, n_local]``, this shard's activations. A latent has fired on a row where it is not 0.
         hidden_pre: ``[B, n_local]``, before the activation function.
-        loss: scalar, to be minimised.
+        loss: scalar, to be minimised: a mean over the rows, with or without terms of the parameters alone. Where dp
+            ranks share a batch, it is averaged over them by their rows; and so are its parts.
         losses: its named parts, scalars.
         metrics: other scalars worth logging that only the SAE knows; what can be called is called when it is logged.
     """

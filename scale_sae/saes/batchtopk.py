@@ -63,7 +63,11 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
 
     def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return select_batch_topk(scores, int(self.cfg.k * len(scores)), self.shard)
+        return select_batch_topk(scores, int(self.cfg.k * self._batch(scores)), self.shard)
+
+    def _batch(self, scores: Tensor) -> int:
+        """The rows of the whole batch, of which ``scores [B, n]`` are this rank's."""
+        return self.shard.dp.total(len(scores), scores.device)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
@@ -72,14 +76,15 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         return output
 
     def _smallest(self, output: TrainStepOutput) -> Tensor:
-        """The smallest activation of a step over all shards, float64; infinite where there is none."""
+        """The smallest activation of a step over all shards and rows, float64; infinite where there is none."""
         codes = getattr(output, "codes", None)
         acts = output.feature_acts[output.feature_acts > 0] if codes is None else codes.values
         return self._least(acts.detach())
 
     def _least(self, values: Tensor) -> Tensor:
         infinity = torch.full((1,), torch.inf, dtype=torch.float64, device=values.device)
-        return self.shard.all_reduce(torch.cat([values.double(), infinity]).amin(), "min")
+        least = self.shard.all_reduce(torch.cat([values.double(), infinity]).amin(), "min")
+        return self.shard.dp.all_reduce(least, "min")
 
     @torch.no_grad()
     def update_topk_threshold(self, smallest: Tensor) -> None:
@@ -95,9 +100,9 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
     def fit_for_release(self, sae_in: Tensor) -> None:
         """Sets the threshold that leaves k activations per row in the mean over ``sae_in``, with these very weights."""
         scores = self._hidden_pre(sae_in)
-        wanted = max(1, int(self.cfg.k * len(scores)))
+        wanted = max(1, int(self.cfg.k * self._batch(scores)))
         rows, latents = select_batch_topk(scores, wanted, self.shard)
-        found = self.shard.all_reduce(torch.tensor(len(rows), device=scores.device))
+        found = self.shard.dp.all_reduce(self.shard.all_reduce(torch.tensor(len(rows), device=scores.device)))
         # Just below the least of them, since a release keeps what is above; all, where there are fewer than wanted.
         least = self._least(scores[rows, latents]).to(torch.promote_types(self.dtype, torch.float32))
         below = torch.nextafter(least, torch.zeros_like(least))

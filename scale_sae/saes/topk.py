@@ -124,8 +124,8 @@ class TopKTrainingSAE(TrainingSAE):
             dead = dead_latents(step_input, part)
             values = encode_latents(scores[:, dead] / scale[dead], dead, centred, shift, self.W_enc_rows, self.b_enc)
             partial.append(self._decode_dead(values, scores[:, dead], dead, part))
-        whole = self.shard.sum(torch.cat(partial)).unflatten(0, (-1, len(x)))
-        n_levels = len(whole) - len(parts)
+        n_levels = len(self.level_ends())
+        whole = self.shard.sum(torch.cat(partial)).unflatten(0, (n_levels + len(parts), len(x)))
         outputs = self.row_norm.restore(whole[:n_levels].cumsum(0) + self.b_dec)
         outputs = self.add_skip(outputs, step_input.sae_in)
         sae_out = outputs[-1]

@@ -1,0 +1,173 @@
+"""The watch over other ranks, by itself: real processes and a real store, with beats of 0.1 s instead of 3 s."""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from harness import free_port
+from scale_sae import heartbeat
+from scale_sae.config import RunConfig, from_dict
+from scale_sae.heartbeat import Heartbeat, is_lost_connection, role_of
+from scale_sae.topology import Job, plan
+
+WORLD = 4
+SILENCE = 1.0
+
+
+def exit_codes(live: Callable[[int, Heartbeat], None], together: bool) -> list[int | None]:
+    """Lets four ranks live, on one machine or each on its own; None: did not end within 10 s, and was killed.
+
+    The store lives in this process, as it lives in the launcher of a run.
+    """
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    def rank_main(rank: int) -> None:
+        heartbeat.BEAT, heartbeat.SILENCE, heartbeat.TICK = 0.1, SILENCE, 0.02
+        local = (rank, WORLD) if together else (0, 1)
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(local[0]), LOCAL_WORLD_SIZE=str(local[1])
+        )
+        pulse = Heartbeat(rank, WORLD, local[0])
+        pulse.introduce(f"role {rank}")
+        live(rank, pulse)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(WORLD)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in harness.run_ranks
+        for process in ranks:
+            process.start()
+    until = time.monotonic() + 10
+    for process in ranks:
+        process.join(max(0.0, until - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    del store
+    return codes
+
+
+def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capfd.readouterr().err.splitlines() if line]
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_lost_rank(victim: int, how: signal.Signals, together: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    def live(rank: int, pulse: Heartbeat) -> None:
+        time.sleep(3 * SILENCE if rank == victim else 60)  # a main thread in a collective that never returns
+        os.kill(os.getpid(), how)
+
+    codes = exit_codes(live, together)
+    assert [code for rank, code in enumerate(codes) if rank != victim] == [1, 1, 1]
+    assert codes[victim] == (None if how == signal.SIGSTOP else -how)
+    (line,) = lines(capfd)
+    seen = together and how == signal.SIGKILL
+    assert line.startswith(f"error: lost rank {victim} (host ") and f", role {victim}): " in line
+    assert ("its process has ended" if seen else f"gave no sign of life for {SILENCE:.0f} s") in line
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_rank_that_ended_well_is_not_missed(together: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    def live(rank: int, pulse: Heartbeat) -> None:
+        time.sleep(SILENCE)
+        pulse.leave()
+        time.sleep(0 if rank else 4 * SILENCE)
+        pulse.stop()
+
+    assert exit_codes(live, together) == [0] * WORLD
+    assert lines(capfd) == []
+
+
+def test_the_first_fault_is_the_one_that_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """Main threads that never return end too; none of them and no thread adds a word."""
+
+    def live(rank: int, pulse: Heartbeat) -> None:
+        time.sleep(SILENCE if rank == 3 else 60)
+        pulse.report("error: something of rank 3")
+        os._exit(1)
+
+    assert exit_codes(live, together=True) == [1] * WORLD
+    assert lines(capfd) == ["error: something of rank 3"]
+
+
+def test_ranks_that_only_lost_a_connection_leave_it_to_the_watch(capfd: pytest.CaptureFixture[str]) -> None:
+    def live(rank: int, pulse: Heartbeat) -> None:
+        time.sleep(SILENCE)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        pulse.await_verdict()
+        pulse.report("error: a traceback")
+        os._exit(1)
+
+    assert exit_codes(live, together=False) == [1, None, 1, 1]
+    (line,) = lines(capfd)
+    assert line.startswith("error: lost rank 1 ")
+
+
+def test_a_restart_elsewhere_ends_the_ranks_of_the_attempt_before() -> None:
+    def live(rank: int, pulse: Heartbeat) -> None:
+        if rank == 2:
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "2"
+            Heartbeat(rank, WORLD, 0)
+        time.sleep(2 if rank == 2 else 60)
+
+    assert exit_codes(live, together=False) == [1, 1, 1, 1]  # rank 2 plays both attempts in one process
+
+
+def test_a_store_that_no_longer_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    """As where the machine of the launcher lost power: connections stay open. Rank 0's process holds this one."""
+    port = free_port()
+
+    def live(rank: int) -> None:
+        heartbeat.BEAT, heartbeat.SILENCE, heartbeat.TICK = 0.1, SILENCE, 0.02
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        pulse = Heartbeat(rank, 3, 0)
+        time.sleep(2 * SILENCE if rank == 0 else 60)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        pulse.stop()
+        del store
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=live, args=(rank,)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks[1:]:
+        process.join(15)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert codes == [None, 1, 1]
+    said = [line for line in lines(capfd) if line.startswith("error")]
+    assert len(said) == 1 and f"the store at 127.0.0.1:{port} is gone" in said[0]
+
+
+def test_roles() -> None:
+    def config(topology: dict[str, object]) -> RunConfig:
+        return from_dict({"hookpoints": ["a", "b"], "saes": [{"d_sae": 64, "k": 4}], "topology": topology})
+
+    def roles(topology: dict[str, object], rank: int) -> str:
+        jobs = [Job("a", "a", 1), Job("b", "b", 1)]
+        return role_of(plan(config(topology).topology, jobs, 64), rank)
+
+    dedicated = {"lm": {"tp": 2}, "sae": {"groups": 2, "tp": 2}}
+    assert roles(dedicated, 3) == "SAE rank 1 of group 1, tp 1"
+    assert roles(dedicated, 5) == "LM rank of replica 0, tp 1"
+
+
+def test_lost_connections() -> None:
+    assert is_lost_connection(RuntimeError("[/__w/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"))
+    assert is_lost_connection(dist.DistBackendError("NCCL error: remote process exited"))
+    assert not is_lost_connection(RuntimeError("CUDA out of memory"))
