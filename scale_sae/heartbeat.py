@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from scale_sae import topology
 
@@ -30,6 +30,7 @@ BEAT = 3.0
 SILENCE = 30.0
 # How often a rank looks whether the processes beside it are there.
 TICK = 0.2
+END = "All other ranks end; the same command goes on from the newest checkpoint"
 
 
 def role_of(plan: topology.Plan, rank: int) -> str:
@@ -60,7 +61,7 @@ class Heartbeat:
         self.pids: dict[int, int] = {}
         # key → its value when last read, and for how many beats it has been that
         self.seen: dict[str, tuple[bytes, int]] = {}
-        self.last_beat = time.monotonic()
+        self.beats = 0
         self.leaving = self.ending = False
         self.lock = threading.Lock()
         self.stopped = threading.Event()
@@ -71,6 +72,7 @@ class Heartbeat:
         self.where = f"{host}:{port}"
         base = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.name = f"rank {rank} of attempt {attempt}"
         self.store = PrefixStore(f"scale_sae/heartbeat/{attempt}", base)
         for other in range(world_size) if rank == 0 else ():
             self.store.compare_set(f"alive/{other}", "", "0")  # so that all can be read at once
@@ -78,7 +80,10 @@ class Heartbeat:
         self.introduce("starting up")
         for earlier in range(attempt):
             # Ranks of it that other machines still run must end too, or their launchers would never start the new ones.
-            PrefixStore(f"scale_sae/heartbeat/{earlier}", base).compare_set("fault", "", str(rank))
+            if self._is_first(PrefixStore(f"scale_sae/heartbeat/{earlier}", base)):
+                self._say(
+                    f"error: the ranks on host {socket.gethostname()} were lost and have been started again. {END}"
+                )
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
         for thread in self.threads:
             thread.start()
@@ -94,8 +99,8 @@ class Heartbeat:
     def report(self, message: str) -> None:
         """Prints why the run ends, unless another rank was first: its end is then the cause of this one's."""
         with self.lock:  # of this rank, too, one thread speaks, and none ends the process meanwhile
-            if not self.ending and self._is_first():
-                print(message, file=sys.stderr, flush=True)
+            if not self.ending and (not self.threads or self._is_first(self.store)):
+                self._say(message)
             self.ending = True
         self._linger()
 
@@ -110,9 +115,10 @@ class Heartbeat:
 
     def leave(self) -> None:
         """This rank has done its part: it is no longer missed. It still watches those that have not."""
-        self.leaving = True
-        if self.threads:
-            self.store.set(f"alive/{self.rank}", "done")
+        with self.lock:
+            self.leaving = True
+            if self.threads:
+                self.store.set(f"alive/{self.rank}", "done")
 
     def stop(self) -> None:
         """Ends the threads."""
@@ -124,21 +130,20 @@ class Heartbeat:
     # ---- the threads ------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        beats = 0
         try:
             while not self.stopped.is_set():
-                beats += 1
-                self._beat(beats)
-                self.last_beat = time.monotonic()
+                self.beats += 1
+                self._beat()
                 self._look_beside()
         except dist.DistError:
             self._store_is_lost()
 
-    def _beat(self, beats: int) -> None:
-        if not self.leaving:
-            self.store.set(f"alive/{self.rank}", str(beats))
+    def _beat(self) -> None:
+        with self.lock:  # "done" is the last word
+            if not self.leaving:
+                self.store.set(f"alive/{self.rank}", str(self.beats))
         if self.rank == 0:
-            self.store.set("pulse", str(beats))
+            self.store.set("pulse", str(self.beats))
             everyone = self.store.multi_get([f"alive/{rank}" for rank in range(self.world_size)])
             for rank, value in enumerate(everyone):
                 if value not in (b"0", b"done") and self._is_silent(f"alive/{rank}", value):
@@ -152,7 +157,7 @@ class Heartbeat:
             self._end()
 
     def _is_silent(self, key: str, value: bytes) -> bool:
-        """Counts beats, not seconds: time in which this rank was itself held up is nobody's silence."""
+        """Counts beats, not seconds: the time of a job that was suspended as a whole is nobody's silence."""
         last, beats = self.seen.get(key, (b"", 0))
         self.seen[key] = (value, beats + 1 if value == last else 0)
         return self.seen[key][1] * BEAT >= SILENCE
@@ -173,27 +178,28 @@ class Heartbeat:
 
     def _guard(self) -> None:
         """Ends this process if the machine that holds the store is gone: the other thread then waits for it forever."""
+        last, waited = 0, 0.0
         while not self.stopped.wait(TICK):
-            if time.monotonic() - self.last_beat > SILENCE + 2 * BEAT:
+            waited = waited + TICK if self.beats == last else 0.0
+            last = self.beats
+            if waited > SILENCE + 2 * BEAT:
                 self._store_is_lost()
 
     # ---- verdicts ---------------------------------------------------------------------------------------------------
 
-    def _is_first(self) -> bool:
-        if not self.threads:
-            return True
+    def _is_first(self, store: Store) -> bool:
         try:
-            return bool(self.store.compare_set("fault", "", str(self.rank)).decode() == str(self.rank))
+            return bool(store.compare_set("fault", "", self.name).decode() == self.name)
         except dist.DistError:
             # Rank 0, which holds the store where no launcher does, has ended: it was not this rank that was first.
             return False
 
+    def _say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
     def _is_lost(self, rank: int, why: str) -> None:
         who = json.loads(self.store.get(f"who/{rank}"))
-        self.report(
-            f"\nerror: lost rank {rank} (host {who['host']}, {who['role']}): {why}. "
-            "The others end; the same command goes on from the newest checkpoint"
-        )
+        self.report(f"\nerror: lost rank {rank} (host {who['host']}, {who['role']}): {why}. {END}")
         self._end()
 
     def _store_is_lost(self) -> None:
@@ -202,15 +208,10 @@ class Heartbeat:
         # Nobody can be asked who speaks: it is one that lives elsewhere, if there is an elsewhere.
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         elsewhere = os.environ.get("GROUP_RANK") == "1" and os.environ.get("LOCAL_RANK") == "0"
-        with self.lock:
-            if not self.ending and (elsewhere if machines > 1 else self.rank == 1):
-                print(
-                    f"\nerror: lost the launcher of rank 0, or its machine: the store at {self.where} is gone. "
-                    "All ranks end; the same command goes on from the newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self.ending = True
+        # Not for ever: another thread may hold the lock, and wait for the store.
+        is_free = self.lock.acquire(timeout=BEAT)
+        if is_free and not self.ending and (elsewhere if machines > 1 else self.rank == 1):
+            self._say(f"\nerror: lost the launcher of rank 0, or its machine: the store at {self.where} is gone. {END}")
         self._end()
 
     def _linger(self) -> None:

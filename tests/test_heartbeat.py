@@ -6,6 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -20,8 +21,8 @@ WORLD = 4
 SILENCE = 1.0
 
 
-def exit_codes(live: Callable[[int, Heartbeat], None], together: bool) -> list[int | None]:
-    """Lets four ranks live, on one machine or each on its own; None: did not end within 10 s, and was killed.
+def exit_codes(live: Callable[[int, Heartbeat], None], together: bool, hangs: int | None = None) -> list[int | None]:
+    """Lets four ranks live, on one machine or each on its own; None: did not end within 15 s, or is the one that hangs.
 
     The store lives in this process, as it lives in the launcher of a run.
     """
@@ -45,9 +46,10 @@ def exit_codes(live: Callable[[int, Heartbeat], None], together: bool) -> list[i
         warnings.simplefilter("ignore", DeprecationWarning)  # as in harness.run_ranks
         for process in ranks:
             process.start()
-    until = time.monotonic() + 10
-    for process in ranks:
-        process.join(max(0.0, until - time.monotonic()))
+    until = time.monotonic() + 15
+    for rank, process in enumerate(ranks):
+        if rank != hangs:
+            process.join(max(0.0, until - time.monotonic()))
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
@@ -68,7 +70,7 @@ def test_a_lost_rank(victim: int, how: signal.Signals, together: bool, capfd: py
         time.sleep(3 * SILENCE if rank == victim else 60)  # a main thread in a collective that never returns
         os.kill(os.getpid(), how)
 
-    codes = exit_codes(live, together)
+    codes = exit_codes(live, together, victim if how == signal.SIGSTOP else None)
     assert [code for rank, code in enumerate(codes) if rank != victim] == [1, 1, 1]
     assert codes[victim] == (None if how == signal.SIGSTOP else -how)
     (line,) = lines(capfd)
@@ -110,7 +112,7 @@ def test_ranks_that_only_lost_a_connection_leave_it_to_the_watch(capfd: pytest.C
         pulse.report("error: a traceback")
         os._exit(1)
 
-    assert exit_codes(live, together=False) == [1, None, 1, 1]
+    assert exit_codes(live, together=False, hangs=1) == [1, None, 1, 1]
     (line,) = lines(capfd)
     assert line.startswith("error: lost rank 1 ")
 
@@ -123,6 +125,31 @@ def test_a_restart_elsewhere_ends_the_ranks_of_the_attempt_before() -> None:
         time.sleep(2 if rank == 2 else 60)
 
     assert exit_codes(live, together=False) == [1, 1, 1, 1]  # rank 2 plays both attempts in one process
+
+
+def test_a_job_that_was_suspended_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    """Slurm suspends all processes of a job by SIGSTOP, and resumes them later."""
+
+    def live(rank: int, pulse: Heartbeat) -> None:
+        if rank == 0:
+            beside = sorted(pulse.pids.values())
+            until = time.monotonic() + SILENCE
+            while len(beside) < WORLD - 1 and time.monotonic() < until:
+                beside = sorted(pulse.pids.values())
+            if os.fork() == 0:
+                time.sleep(SILENCE)
+                for number in (signal.SIGSTOP, signal.SIGCONT):
+                    for pid in [os.getppid(), *beside]:
+                        os.kill(pid, number)
+                    time.sleep(3 * SILENCE)
+                os._exit(0)
+        time.sleep(6 * SILENCE)
+        pulse.leave()
+        time.sleep(2 * SILENCE)
+        pulse.stop()
+
+    assert exit_codes(live, together=True) == [0] * WORLD
+    assert lines(capfd) == []
 
 
 def test_a_store_that_no_longer_answers(capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +185,7 @@ def test_roles() -> None:
     def config(topology: dict[str, object]) -> RunConfig:
         return from_dict({"hookpoints": ["a", "b"], "saes": [{"d_sae": 64, "k": 4}], "topology": topology})
 
-    def roles(topology: dict[str, object], rank: int) -> str:
+    def roles(topology: Any, rank: int) -> str:
         jobs = [Job("a", "a", 1), Job("b", "b", 1)]
         return role_of(plan(config(topology).topology, jobs, 64), rank)
 
