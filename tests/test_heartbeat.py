@@ -6,6 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -24,10 +25,14 @@ SILENCE = 1.0
 def exit_codes(live: Callable[[int, Heartbeat], None], together: bool, hangs: int | None = None) -> list[int | None]:
     """Lets four ranks live, on one machine or each on its own; None: did not end within 15 s, or is the one that hangs.
 
-    The store lives in this process, as it lives in the launcher of a run.
+    The store lives in a process of its own, as it lives in the launcher of a run. In this one, its threads could hold
+    a lock of the C library at the moment of a fork, and the rank would wait for it forever.
     """
     port = free_port()
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    def store_main() -> None:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.wait(["never"], timedelta(seconds=60))
 
     def rank_main(rank: int) -> None:
         heartbeat.BEAT, heartbeat.SILENCE, heartbeat.TICK = 0.1, SILENCE, 0.02
@@ -42,19 +47,19 @@ def exit_codes(live: Callable[[int, Heartbeat], None], together: bool, hangs: in
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(WORLD)]
+    store = context.Process(target=store_main)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # as in harness.run_ranks
-        for process in ranks:
+        for process in (store, *ranks):
             process.start()
     until = time.monotonic() + 15
     for rank, process in enumerate(ranks):
         if rank != hangs:
             process.join(max(0.0, until - time.monotonic()))
     codes = [process.exitcode for process in ranks]
-    for process in ranks:
+    for process in (store, *ranks):
         process.kill()
         process.join()
-    del store
     return codes
 
 
