@@ -6,7 +6,9 @@ asks whether a group has one member.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from scale_sae import interleave
 from scale_sae.errors import UserError
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -47,7 +50,7 @@ class Ranks:
         """The elementwise ``op`` over the ranks as a new tensor, bit-identical on all of them, without gradient."""
         reduced = x.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            dist.all_reduce(reduced, _OPS[op], group=self.group)
+            _complete(partial(dist.all_reduce, reduced, _OPS[op], group=self.group))
         return reduced
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class Ranks:
         if self.size == 1:
             return x.detach().clone(memory_format=torch.contiguous_format)[None]
         gathered = x.new_empty(self.size * x.numel())
-        _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group)
+        _complete(partial(_all_gather_flat, gathered, x.detach().reshape(-1).contiguous(), group=self.group))
         return gathered.view(self.size, *x.shape)
 
     def sum_in_order(self, x: Tensor) -> Tensor:
@@ -68,6 +71,20 @@ class Ranks:
     def total(self, count: int, device: torch.device) -> int:
         """The sum of every rank's ``count``; with several ranks one host synchronisation of ``device``."""
         return count if self.size == 1 else int(self.all_reduce(torch.tensor(count, device=device)))
+
+
+def _complete(collective: Callable[..., dist.Work | None]) -> None:
+    """Makes a collective call. Where another SAE's step waits for its turn, it runs until this call's data have come.
+
+    A backward pass on a GPU runs in threads of its own and hands over nothing.
+    """
+    if not interleave.others_wait():
+        collective(async_op=False)
+        return
+    work = collective(async_op=True)
+    assert work is not None
+    interleave.pause()
+    work.wait()
 
 
 ALONE = Ranks()
@@ -239,7 +256,7 @@ def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor,
     ranks, whose rows follow each other. Only values above 0 are ever selected: all of them where there are fewer than
     ``count``.
 
-    No index and no score crosses the link. A rank sends two histograms of 256 KiB, one of 512 KiB more for each 16 bits
+    No index and no score crosses the link. A rank sends two histograms of 128 KiB, one of 256 KiB more for each 16 bits
     of the dtype beyond the first 16, and ``4·B`` bytes of tie counts (``4·B·size`` received); over dp the histograms
     again and one count. Three host synchronisations. Two passes over the scores: one checks that all are finite, one
     takes the largest of each block of neighbours. These largest bound the threshold from below; all else looks at the
@@ -263,7 +280,7 @@ def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor,
     best = blocks.amax(2)
     # The blocks' best are entries too, so the count-th largest of them is not above the threshold.
     histogram = torch.cat([_histogram(best.flatten(), shifts[0]), _invalid(scores, best)])
-    histogram, invalid = _over_all(histogram, shard).split([2**15, 1])
+    histogram, invalid = _over_all(histogram, count, shard).split([2**15, 1])
     digit, _ = _descend(histogram, torch.full_like(invalid, count))
     bound = (digit << shifts[0]).clamp_(min=1).to(blocks.dtype)  # keys from 1 are those of values above 0
 
@@ -277,18 +294,23 @@ def select_batch_topk(scores: Tensor, count: int, shard: Shard) -> tuple[Tensor,
     keys = found[which, places].long()
     rows, latents = rows[which], numbers[which] * blocks.shape[2] + places
 
-    threshold, left = _descend(_over_all(_histogram(keys, shifts[0]), shard), torch.full_like(digit, count))
+    threshold, left = _descend(_over_all(_histogram(keys, shifts[0]), count, shard), torch.full_like(digit, count))
     for shift in shifts[1:]:
-        digit, left = _descend(_over_all(_histogram(keys, shift, threshold), shard), left)
+        digit, left = _descend(_over_all(_histogram(keys, shift, threshold), count, shard), left)
         threshold = threshold << 16 | digit
     chosen = (keys > threshold) | _first_ties(rows, keys == threshold, left, len(scores), shard)
     slots = chosen.nonzero()[:, 0]
     return rows[slots], latents[slots]
 
 
-def _over_all(counts: Tensor, shard: Shard) -> Tensor:
-    """The sum of integers over all shards and dp ranks."""
-    return shard.dp.all_reduce(shard.all_reduce(counts))
+def _over_all(counts: Tensor, wanted: int, shard: Shard) -> Tensor:
+    """int64: the sum of counts over all shards and dp ranks, or some number from ``wanted`` on where it is that large.
+
+    So they fit into 4 bytes on the link, and whoever looks for the ``wanted``-th finds the same.
+    """
+    most = max(wanted, 1)
+    narrow = torch.int32 if most * shard.size * shard.dp.size < 2**31 else torch.int64
+    return shard.dp.all_reduce(shard.all_reduce(counts.clamp(max=most).to(narrow))).long()
 
 
 def _key_blocks(scores: Tensor, count: int, shard: Shard) -> Tensor:

@@ -158,12 +158,26 @@ def _check_data(data: DataConfig) -> None:
     require(len(kept) > 0, "data.seqpos_slice", arguments, remedy)
 
 
+def _check_device_map(lm: LMTopology) -> None:
+    """The keys of ``topology.lm`` that spread the model over the devices of one rank."""
+    if lm.parallel == "device_map":
+        remedy = f"spreads the model over the devices of one rank; set topology.lm.tp: 1 (it is {lm.tp})"
+        require(lm.tp == 1, "topology.lm.parallel", lm.parallel, remedy)
+        remedy = "needs LM ranks of their own, not topology.lm: colocated"
+        require(not lm.colocated, "topology.lm.parallel", lm.parallel, remedy)
+    for name in ("devices_per_rank", "max_memory_gib"):
+        value = getattr(lm, name)
+        if value is not None:
+            remedy = "is for topology.lm.parallel: device_map"
+            require(lm.parallel == "device_map", f"topology.lm.{name}", value, remedy)
+            require(value > 0, f"topology.lm.{name}", value, "must be above 0")
+
+
 def _check_topology(config: RunConfig) -> None:
     topology, buffer = config.topology, config.buffer
-    remedy = "is planned and not built yet; use local or fsdp2"
-    require(topology.engine != "deepspeed", "topology.engine", topology.engine, remedy)
+    _check_device_map(topology.lm)
     if topology.engine == "local":
-        remedy = "needs topology.engine: fsdp2; local is for 1"
+        remedy = "needs topology.engine: fsdp2 or deepspeed; local is for 1"
         require(topology.sae.dp == 1, "topology.sae.dp", topology.sae.dp, remedy)
     shards = topology.sae.dp * topology.sae.tp
     remedy = f"must be a multiple of topology.sae.dp x topology.sae.tp ({shards})"

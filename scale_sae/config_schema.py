@@ -203,6 +203,14 @@ class LMTopology:
     dp: int = 1
     # `lm: colocated` in YAML: every SAE rank also runs a whole copy (tp 1, dp = all of them).
     colocated: bool = False
+    # How one copy is split: tp over tp ranks, by the model's own plan; device_map over the GPUs of one rank (tp 1),
+    # layer after layer, for any model. What does not fit on them is kept in RAM or on disk, which is slow.
+    parallel: Literal["tp", "device_map"] = "tp"
+    # With device_map, the GPUs of each LM rank; null: an even share of those that the SAE ranks of its machine leave.
+    # SAE ranks have one GPU each, so start fewer processes than there are GPUs.
+    devices_per_rank: int | None = None
+    # With device_map, GiB of weights that each of these GPUs (without GPUs: the RAM) holds at most; null: what is free.
+    max_memory_gib: float | None = None
 
     @classmethod
     def from_yaml(cls, value: Any, key: str) -> "LMTopology":
@@ -214,9 +222,11 @@ class LMTopology:
             raise UserError(f"{key}.colocated: unknown key; write {key}: colocated, without tp and dp")
         return from_mapping(cls, value, key)
 
-    def to_yaml(self) -> dict[str, int] | str:
+    def to_yaml(self) -> dict[str, Any] | str:
         """What ``from_yaml`` reads."""
-        return "colocated" if self.colocated else {"tp": self.tp, "dp": self.dp}
+        if self.colocated:
+            return "colocated"
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "colocated"}
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,9 @@ class TopologyConfig:
     sae: SAETopology = field(default_factory=SAETopology)
     # What owns the optimizer state; dp > 1 needs fsdp2 or deepspeed.
     engine: Literal["local", "fsdp2", "deepspeed"] = "local"
+    # JSON file for the engine deepspeed, such as launch/deepspeed/zero2.json; null: the one that accelerate was given,
+    # else ZeRO-1.
+    deepspeed: str | None = None
 
     @classmethod
     def from_yaml(cls, value: Any, key: str) -> "TopologyConfig":

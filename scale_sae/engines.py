@@ -23,7 +23,10 @@ class LocalEngine:
         parameters: what this rank updates, by name; ``backward`` fills the ``grad`` of each.
         divided: names of the parameters of which each dp rank has a part of the shard's rows; the others are whole.
         own: the latents of the shard, by their local numbers, whose rows this rank has and saves.
+        updated_elsewhere: names of the parameters that another library clips and updates.
     """
+
+    updated_elsewhere: frozenset[str] = frozenset()
 
     def __init__(self, sae: TrainingSAE):
         self.sae = sae
@@ -49,6 +52,10 @@ class LocalEngine:
         """Copies the parameters of another SAE of the same shape, which are whole."""
         for name, parameter in other.named_parameters():
             self.parameters[name].copy_(self.own_rows(parameter) if name in self.divided else parameter)
+
+    def followers(self) -> dict[str, Tensor]:
+        """Whole tensors that hold what ``parameters`` of the same name hold parts of, and follow at every update."""
+        return {}
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         """This rank's rows of a tensor over the shard's latents, a view: of a whole one, or of one that is them."""
@@ -77,7 +84,7 @@ class FSDP2Engine(LocalEngine):
         self.divided = frozenset(
             name for name, p in self.parameters.items() if name not in sae.replicated and p.dtype == sae.dtype
         )
-        self.step = _Step(sae)
+        self.step = Step(sae)
         fully_shard(
             self.step,
             mesh=mesh,
@@ -100,8 +107,7 @@ class FSDP2Engine(LocalEngine):
             self.step.reshard()  # type: ignore[operator]
             raise
         self._keep_changes()
-        output, self.step.output = self.step.output, None
-        assert output is not None
+        output = self.step.take_output()
         output.loss = loss
         return output
 
@@ -132,8 +138,8 @@ class FSDP2Engine(LocalEngine):
             self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
 
 
-class _Step(nn.Module):
-    """The SAE's step as the forward pass of a module, which is where ``fully_shard`` gathers the parameters."""
+class Step(nn.Module):
+    """The SAE's step as the forward pass of a module, which is where libraries gather parameters."""
 
     def __init__(self, sae: TrainingSAE):
         super().__init__()
@@ -145,7 +151,8 @@ class _Step(nn.Module):
         self.output = self.sae.training_forward_pass(step_input)
         return self.output.loss.clone()  # no view, whatever the class returns
 
-
-def create(sae: TrainingSAE, dp_mesh: DeviceMesh | None) -> LocalEngine:
-    """The engine of a filled SAE: fsdp2 where there is a mesh of dp ranks."""
-    return LocalEngine(sae) if dp_mesh is None else FSDP2Engine(sae, dp_mesh)
+    def take_output(self) -> TrainStepOutput:
+        """What the last forward pass returned, once."""
+        output, self.output = self.output, None
+        assert output is not None
+        return output

@@ -58,6 +58,7 @@ class Heartbeat:
         # torch's launcher gives the processes of one machine consecutive ranks.
         first = rank - local_rank
         self.beside = set(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) - {rank}
+        self.machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         self.pids: dict[int, int] = {}
         # key → its value when last read, and for how many beats it has been that
         self.seen: dict[str, tuple[bytes, int]] = {}
@@ -78,7 +79,7 @@ class Heartbeat:
             self.store.compare_set(f"alive/{other}", "", "0")  # so that all can be read at once
         self.store.set(f"alive/{rank}", "1")
         self.introduce("starting up")
-        for earlier in range(attempt):
+        for earlier in range(attempt) if self.machines > 1 else ():
             # Ranks of it that other machines still run must end too, or their launchers would never start the new ones.
             if self._is_first(PrefixStore(f"scale_sae/heartbeat/{earlier}", base)):
                 self._say(
@@ -206,17 +207,16 @@ class Heartbeat:
         if self.leaving:
             return
         # Nobody can be asked who speaks: it is one that lives elsewhere, if there is an elsewhere.
-        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         elsewhere = os.environ.get("GROUP_RANK") == "1" and os.environ.get("LOCAL_RANK") == "0"
         # Not for ever: another thread may hold the lock, and wait for the store.
         is_free = self.lock.acquire(timeout=BEAT)
-        if is_free and not self.ending and (elsewhere if machines > 1 else self.rank == 1):
+        if is_free and not self.ending and (elsewhere if self.machines > 1 else self.rank == 1):
             self._say(f"\nerror: lost the launcher of rank 0, or its machine: the store at {self.where} is gone. {END}")
         self._end()
 
     def _linger(self) -> None:
         """Keeps the launcher that holds the store until the ranks on other machines have read that there is a fault."""
-        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and os.environ.get("GROUP_RANK") == "0":
+        if self.machines > 1 and os.environ.get("GROUP_RANK") == "0":
             time.sleep(2 * BEAT)
 
     def _end(self) -> None:

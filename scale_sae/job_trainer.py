@@ -2,19 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from scale_sae import checkpoint, engines
+from scale_sae import checkpoint
 from scale_sae.collectives import Shard
+from scale_sae.config import TrainConfig
+from scale_sae.engines import FSDP2Engine, LocalEngine
 from scale_sae.init_from import load_release
 from scale_sae.jobs import JobSpec
 from scale_sae.metrics import explained_variance
 from scale_sae.optim import Optimizer
 from scale_sae.saes import registry
-from scale_sae.saes.base import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from scale_sae.zero import DeepSpeedEngine, ZeroOptimizer
 
 
 class JobTrainer:
@@ -37,8 +41,12 @@ class JobTrainer:
         seed: int,
         total_steps: int,
         dp_mesh: DeviceMesh | None = None,
+        deepspeed: Mapping[str, Any] | None = None,
     ):
-        """``dp_mesh``: of the ranks of ``shard.dp``, for the engines that divide parameters."""
+        """``dp_mesh``, of the ranks of ``shard.dp``, is for fsdp2, ``deepspeed`` the settings of the engine of this name.
+
+        With neither, the engine is local.
+        """
         self.spec = spec
         self.shard = shard
         self.total_steps = total_steps
@@ -48,8 +56,8 @@ class JobTrainer:
             name: value if isinstance(value, TrainCoefficientConfig) else TrainCoefficientConfig(value, 0)
             for name, value in self.sae.get_coefficients().items()
         }
-        self.engine = engines.create(self.sae, dp_mesh)
-        self.optimizer = Optimizer(self.engine, spec.train, total_steps)
+        self.optimizer = _optimizer(self.sae, spec.train, total_steps, dp_mesh, deepspeed)
+        self.engine = self.optimizer.engine
         self.start = self.sae.rows.start + self.engine.own.start
         n = self.sae.n_local
         self.tokens_since_fired = torch.zeros(n, dtype=torch.int64, device=device)
@@ -207,6 +215,8 @@ class JobTrainer:
         for name, tensor in self._latent_tensors().items():
             is_whole = len(tensor) == self.sae.n_local
             checkpoint.load_rows(folder, {name: tensor}, self.sae.rows.start if is_whole else self.start)
+        for name, tensor in self.engine.followers().items():
+            checkpoint.load_rows(folder, {name: tensor}, self.sae.rows.start)
         checkpoint.load_replicated(folder, self.replicated_tensors())
 
     def check_replicas(self) -> None:
@@ -220,6 +230,19 @@ class JobTrainer:
                 raise RuntimeError(
                     f"{self.spec.sae_id}: {name} differs between the ranks; this is a defect, please report it"
                 )
+
+
+def _optimizer(
+    sae: TrainingSAE,
+    train: TrainConfig,
+    total_steps: int,
+    dp_mesh: DeviceMesh | None,
+    deepspeed: Mapping[str, Any] | None,
+) -> Optimizer:
+    """The optimizer of a filled SAE, with its engine."""
+    if deepspeed is not None:
+        return ZeroOptimizer(DeepSpeedEngine(sae, deepspeed, train), train, total_steps)
+    return Optimizer(LocalEngine(sae) if dp_mesh is None else FSDP2Engine(sae, dp_mesh), train, total_steps)
 
 
 def _called(metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]) -> dict[str, Tensor | float]:

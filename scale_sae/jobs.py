@@ -38,7 +38,8 @@ class JobSpec:
     @property
     def planned(self) -> Job:
         target = None if self.target == self.hookpoint else self.target
-        return Job(self.sae_id, self.hookpoint, self.cfg.d_in * self.cfg.d_sae, target)
+        cost = registry.training_class(self.architecture).multiply_adds(self.cfg)
+        return Job(self.sae_id, self.hookpoint, cost, target)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the job (JSON-able)."""
@@ -75,8 +76,9 @@ def resolve(config: RunConfig) -> tuple[dict[str, int], list[JobSpec]]:
 def _inspect(config: RunConfig, patterns: Iterable[str]) -> dict[str, int]:
     """Hookpoint → width of all hookpoints that match ``patterns``, and of all targets."""
     targets = {target: index for index, entry in enumerate(config.saes) for target in config.targets_of(entry)}
+    lm = config.topology.lm
     try:
-        return inspect_model(config.model, [*patterns, *targets], config.topology.lm.tp)
+        return inspect_model(config.model, [*patterns, *targets], lm.tp, lm.parallel)
     except UserError:
         for target, index in targets.items():  # each by itself, for a message that names its key
             try:

@@ -1,7 +1,8 @@
 """The optimizer of one SAE: clip-norm over all ranks, a guard against non-finite steps, Adam on own rows."""
 
 import math
-from collections.abc import Set
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,38 @@ def learning_rate(step: int, total_steps: int, train: "TrainConfig") -> float:
     return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def adam_of(groups: Iterable[Iterable[Tensor]], settings: "TrainConfig") -> torch.optim.Adam:
+    """Adam for groups of parameters, with the constants of an SAE; `Update.prepare` sets the rate."""
+    params = [{"params": list(group)} for group in groups]
+    return torch.optim.Adam(params, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step does to the parameters; all are scalar tensors but the learning rate.
+
+    Attributes:
+        norm: of the gradient over all ranks.
+        clip: the factor of every gradient.
+        skip: bool, whether parameters and moments stay as they are.
+    """
+
+    norm: Tensor
+    clip: Tensor
+    skip: Tensor
+    rate: float
+
+    def prepare(self, adam: torch.optim.Adam) -> None:
+        """Sets the rate, clips the gradients that ``adam`` is about to use, tells it whether to skip them."""
+        for group in adam.param_groups:
+            group["lr"] = self.rate
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip.to(parameter.device))
+        # Fused Adam leaves parameters and state alone where this is 1; it is how torch's gradient scaler skips.
+        adam.found_inf = self.skip.to(torch.float32)  # type: ignore[attr-defined]
+
+
 class Optimizer:
     """Adam for what one rank owns of one SAE.
 
@@ -53,15 +86,18 @@ class Optimizer:
         self.total_steps = total_steps
         self.parameters = engine.parameters
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.b_dec.device)
-        self.adam = torch.optim.Adam(
-            self.parameters.values(), lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), fused=True
-        )
-        for parameter in self.parameters.values():
-            self.adam.state[parameter] = {
+        self.state = {
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+            for name, parameter in self.parameters.items()
+        }
+        own = {name: parameter for name, parameter in self.parameters.items() if name not in engine.updated_elsewhere}
+        self.adam = adam_of([own.values()], settings)
+        for name, parameter in own.items():
+            self.adam.state[parameter] = self.state[name]
 
     def step(self, loss: Tensor, step: int, share: float = 1.0) -> Tensor:
         """Backward, clip, update, and drop the gradients. Reads nothing from the device.
@@ -79,19 +115,21 @@ class Optimizer:
         # Backward without rows too: its sums over the other ranks wait for this one.
         self.engine.backward(loss * share)
         loss = self.shard.dp.sum_in_order(loss * share if share else torch.zeros_like(loss))
-        norm = self._gradient_norm()
-        clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(clip)
-        skip = ~(loss.isfinite() & norm.isfinite())
-        # Fused Adam leaves parameters and state alone where this is 1; it is how torch's gradient scaler skips.
-        self.adam.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
-        self.adam.param_groups[0]["lr"] = learning_rate(step, self.total_steps, self.settings)
+        update = self._update(loss, learning_rate(step, self.total_steps, self.settings))
+        self.skipped += update.skip
+        return update.norm
+
+    def _update(self, loss: Tensor, rate: float) -> "Update":
+        """Changes the parameters, unless the gradients or the ``loss`` of all rows are not finite."""
+        update = self._planned(self._gradient_norm(), loss, rate)
+        update.prepare(self.adam)
         self.adam.step()
         self.adam.zero_grad()
-        self.skipped += skip
-        return norm
+        return update
+
+    def _planned(self, norm: Tensor, loss: Tensor, rate: float) -> "Update":
+        clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        return Update(norm, clip, ~(loss.isfinite() & norm.isfinite()), rate)
 
     def row_tensors(self) -> dict[str, Tensor]:
         """Adam's moments of this rank's latents, ``adam.exp_avg.W_dec`` and so on: the latent is dimension 0."""
@@ -99,26 +137,29 @@ class Optimizer:
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """What is the same on every rank: moments of replicated parameters, Adam's step counts, ``skipped``."""
-        steps = {f"adam.step.{name}": self.adam.state[p]["step"] for name, p in self.parameters.items()}
+        steps = {f"adam.step.{name}": state["step"] for name, state in self.state.items()}
         return self._moments(self.sae.replicated & self.parameters.keys()) | steps | {"skipped": self.skipped}
 
     def _moments(self, names: Set[str]) -> dict[str, Tensor]:
         return {
-            f"adam.{moment}.{name}": self.adam.state[self.parameters[name]][moment]
+            f"adam.{moment}.{name}": self.state[name][moment]
             for name in sorted(names)
             for moment in ("exp_avg", "exp_avg_sq")
         }
 
-    def _gradient_norm(self) -> Tensor:
+    def _gradient_norm(self, elsewhere: Tensor | None = None) -> Tensor:
         """Over all ranks, what several of them hold counted once; in float32 where gradients are narrower.
+
+        ``elsewhere`` is the norm over all ranks of what another library updates.
 
         Summed in order: ranks whose norms differed in the last bit would clip what is replicated differently.
         """
         replicated = self.parameters.keys() & self.sae.replicated
-        divided = self.engine.divided
-        of_shard = self._squares(self.parameters.keys() - replicated - divided)
+        divided = self.engine.divided - self.engine.updated_elsewhere
+        of_shard = self._squares(self.parameters.keys() - replicated - self.engine.divided)
         of_shard += self.shard.dp.sum_in_order(self._squares(divided))
-        return (self.shard.sum_in_order(of_shard) + self._squares(replicated)).sqrt()
+        squares = self.shard.sum_in_order(of_shard) + self._squares(replicated)
+        return (squares if elsewhere is None else squares + elsewhere.square()).sqrt()
 
     def _squares(self, names: Set[str]) -> Tensor:
         dtype = torch.promote_types(self.sae.dtype, torch.float32)

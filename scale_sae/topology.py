@@ -8,6 +8,7 @@ import datetime
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ CONTROL_TIMEOUT = datetime.timedelta(days=7)
 
 @dataclass(frozen=True)
 class Job:
-    """One SAE trained at one hookpoint. ``cost`` is its work per row (d_in · d_sae).
+    """One SAE trained at one hookpoint. ``cost`` is its work per row, in any unit that is the same for all.
 
     ``target`` is the hookpoint of what it reconstructs, for transcoders; None: its own.
     """
@@ -146,6 +147,7 @@ class Topology:
     ``control`` and ``sae_control`` carry small CPU messages (gloo), ``checkpoint_control`` those of the threads that
     write checkpoints, and nothing else. ``data`` and ``header`` are keyed by
     (LM replica, SAE group) in a dedicated run; in a colocated run the one key is (0, 0) and spans the world.
+    ``dp_mesh`` is there for the engine fsdp2, ``deepspeed`` (what a JSON file of it holds) for that engine.
     ``wire`` is the device of what ``data`` carries: the CPU where gloo does, which sends nothing from a GPU.
     """
 
@@ -160,6 +162,7 @@ class Topology:
     group: Group | None
     shard: Shard
     dp_mesh: DeviceMesh | None
+    deepspeed: Mapping[str, Any] | None
     lm_mesh: DeviceMesh | None
     lm_control: dist.ProcessGroup | None
     data: Mapping[tuple[int, int], dist.ProcessGroup]
@@ -185,19 +188,89 @@ def check_world_size(topology: TopologyConfig, world_size: int, config_path: str
         )
 
 
-def pick_device(local_rank: int) -> tuple[torch.device, str]:
-    """This rank's device and the backend for device collectives.
+def local_world_size() -> int:
+    """The processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    NCCL needs a GPU per rank: where ranks share one, gloo carries the traffic. ``ACCELERATE_USE_CPU`` (set by
-    ``accelerate launch --cpu`` and by ``use_cpu: true``) keeps a run off the GPUs.
+
+def usable_gpus() -> int:
+    """The GPUs of this machine that the run may use: those that are visible.
+
+    ``ACCELERATE_USE_CPU`` (set by ``accelerate launch --cpu`` and by ``use_cpu: true``) keeps a run off them.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    if on_cpu or not torch.cuda.is_available():
+    return 0 if on_cpu or not torch.cuda.is_available() else torch.cuda.device_count()
+
+
+def pick_backend() -> str:
+    """The backend for device collectives: gloo where ranks share a GPU, since NCCL needs one per rank."""
+    return "nccl" if local_world_size() <= usable_gpus() else "gloo"
+
+
+def pick_device(local_rank: int) -> tuple[torch.device, str]:
+    """The device of a process that has one, and the backend for device collectives."""
+    gpus = usable_gpus()
+    if not gpus:
         return torch.device("cpu"), "gloo"
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
-    return device, "nccl" if local_world <= torch.cuda.device_count() else "gloo"
+    return device, pick_backend()
+
+
+def gpus_of_ranks(topology: TopologyConfig, ranks: Sequence[int], gpus: int) -> list[range]:
+    """The GPUs of each rank of one machine, by their numbers. Pure.
+
+    Each rank has one, ranks taking turns where there are fewer. With ``lm.parallel: device_map`` no two ranks share:
+    SAE ranks have one each, and each LM rank ``lm.devices_per_rank``, or an even share of those that are left.
+
+    Args:
+        topology: of the run.
+        ranks: the machine's ranks, in the order of their local ranks.
+        gpus: of the machine, at least 1.
+
+    Raises:
+        UserError: there are not enough.
+    """
+    lm = topology.lm
+    n_lm = sum(rank >= topology.sae_ranks for rank in ranks)
+    if lm.parallel != "device_map" or not n_lm:
+        return [range(place % gpus, place % gpus + 1) for place in range(len(ranks))]
+    n_sae = len(ranks) - n_lm
+    spare = gpus - n_sae
+    if spare < n_lm:
+        raise UserError(
+            f"topology.lm.parallel: device_map needs a GPU for each of {n_sae} SAE ranks and at least one for each of "
+            f"{n_lm} LM ranks, but a machine has {gpus}; start fewer processes per machine"
+        )
+    share = spare // n_lm if lm.devices_per_rank is None else lm.devices_per_rank
+    if share * n_lm > spare:
+        raise UserError(
+            f"topology.lm.devices_per_rank: {share} for each of {n_lm} LM ranks and one for each of {n_sae} SAE ranks "
+            f"are {share * n_lm + n_sae} GPUs, but a machine has {gpus}; set it to at most {spare // n_lm}"
+        )
+    sizes = [share if rank >= topology.sae_ranks else 1 for rank in ranks]
+    return [range(sum(sizes[:place]), sum(sizes[: place + 1])) for place in range(len(ranks))]
+
+
+def pick_devices(topology: TopologyConfig, rank: int, local_rank: int) -> tuple[torch.device, ...]:
+    """This rank's devices, the first of which is its own for all but the layers of a language model that is spread.
+
+    ``UserError`` where ``topology.lm`` asks for more than the machine has.
+    """
+    gpus = usable_gpus()
+    if not gpus:
+        if topology.lm.devices_per_rank is not None:
+            raise UserError(
+                f"topology.lm.devices_per_rank: {topology.lm.devices_per_rank} counts GPUs, and there are none here; "
+                "remove it (max_memory_gib limits what is kept in RAM)"
+            )
+        return (torch.device("cpu"),)
+    first = rank - local_rank
+    last = max(first + local_world_size() - 1, rank)  # launchers of another kind may not say how many they start
+    own = gpus_of_ranks(topology, range(first, last + 1), gpus)[local_rank]
+    devices = tuple(torch.device("cuda", number) for number in own)
+    torch.cuda.set_device(devices[0])
+    return devices
 
 
 def open_store(rank: int, world_size: int) -> Store:
@@ -221,7 +294,14 @@ def connect(rank: int, world_size: int, backend: str, base: Store | None = None)
     return PrefixStore("run", store)
 
 
-def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Store) -> Topology:
+def build(
+    plan: Plan,
+    rank: int,
+    device: torch.device,
+    backend: str,
+    store: Store,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> Topology:
     """Makes every process group of the run, in one order on all ranks, and returns this rank's view.
 
     Needs the default group of ``connect``. Each group is used once here, so that no communicator is set up lazily
@@ -253,7 +333,8 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
             ranks = sae_group.ranks[t :: sae_group.tp]
             handle = group(ranks, backend)
             if handle is not None:
-                dp, dp_mesh = Ranks(ranks.index(rank), len(ranks), handle), DeviceMesh.from_group(handle, device.type)
+                dp = Ranks(ranks.index(rank), len(ranks), handle)
+                dp_mesh = DeviceMesh.from_group(handle, device.type) if plan.engine == "fsdp2" else None
     lm_mesh, lm_control = None, None
     if not plan.colocated:
         for ranks in plan.lm:
@@ -279,6 +360,7 @@ def build(plan: Plan, rank: int, device: torch.device, backend: str, store: Stor
         group=plan.group_of(rank),
         shard=replace(shard, dp=dp),
         dp_mesh=dp_mesh,
+        deepspeed=deepspeed,
         lm_mesh=lm_mesh,
         lm_control=lm_control,
         data=data,

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from scale_sae import checkpoint, rundir, topology
+from scale_sae import checkpoint, engine_settings, rundir, topology
+from scale_sae.activations.device_map import bytes_off_device, max_memory
 from scale_sae.activations.schedule import Schedule, schedule
 from scale_sae.activations.source import ActivationSource, kept_positions
 from scale_sae.activations.tokens import open_chunks
@@ -83,9 +84,18 @@ def check_classes(specs: list[JobSpec], tp: int, device: torch.device) -> None:
 class Run:
     """One rank's life from the process groups on."""
 
-    def __init__(self, config: RunConfig, place: Topology, specs: list[JobSpec], widths: dict[str, int], stop: Stop):
+    def __init__(
+        self,
+        config: RunConfig,
+        place: Topology,
+        devices: tuple[torch.device, ...],
+        specs: list[JobSpec],
+        widths: dict[str, int],
+        stop: Stop,
+    ):
         self.config = config
         self.place = place
+        self.devices = devices
         self.specs = specs
         self.widths = widths
         self.stop = stop
@@ -167,7 +177,7 @@ class Run:
                 # One bar per rank says nothing; the training bar follows.
                 transformers.utils.logging.disable_progress_bar()
                 chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
-                source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh)
+                source = self._open_model()
             return chunks, source
 
         # First what a user may have got wrong and is soon found out, then the model.
@@ -188,6 +198,19 @@ class Run:
         self._wait_for_all()
         self._summarise(trainer, source, forwarded)
         agree(lambda: self._check_text(trainer))
+
+    def _open_model(self) -> ActivationSource:
+        """This LM rank's copy of the model, or its shard of one."""
+        lm, spread = self.config.topology.lm, None
+        if lm.parallel == "device_map":
+            spread = max_memory(self.devices, lm.max_memory_gib, topology.local_world_size())
+        source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh, spread)
+        if spread is not None and self.place.plan.replica_of(self.place.rank) == 0:
+            away, whole = bytes_off_device(source.model)
+            if away:
+                share = f"{away / whole:.0%} of the language model's weights fit on no device"
+                print(f"note: {share} and are read from RAM or disk for every forward", file=sys.stderr, flush=True)
+        return source
 
     def _begin(self, found: Path | None) -> None:
         """Makes the folder this run's, once nothing that the user wrote can be wrong any more."""
@@ -274,7 +297,7 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     stop = Stop()
     # Without it cuBLAS may add in another order from run to run; it must be set before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device, backend = topology.pick_device(local_rank)
+    backend = topology.pick_backend()
     # Before the config is read: a launcher ends every rank once one has failed, also one that is not yet up to say why.
     base = topology.open_store(rank, world_size)
     pulse = Heartbeat(rank, world_size, local_rank)
@@ -283,14 +306,17 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
         store = topology.connect(rank, world_size, backend, base)
         config = agree(lambda: read_config(path, extra, overrides))
         agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
+        devices = agree(lambda: topology.pick_devices(config.topology, rank, local_rank))
         widths, specs = agree(lambda: resolve(config))
+        agree(lambda: engine_settings.check_jobs(config.topology, specs))
+        deepspeed = agree(lambda: engine_settings.deepspeed_settings(config.topology, os.environ))
         planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
         # One rank is enough: the check simulates the shards.
-        agree(lambda: check_classes(specs, config.topology.sae.tp, device) if rank == 0 else None)
-        place = topology.build(planned, rank, device, backend, store)
+        agree(lambda: check_classes(specs, config.topology.sae.tp, devices[0]) if rank == 0 else None)
+        place = topology.build(planned, rank, devices[0], backend, store, deepspeed)
         pulse.introduce(role_of(planned, rank))
         before = "\n"  # the main process may be in the middle of its progress bar's line
-        Run(config, place, specs, widths, stop).train()
+        Run(config, place, devices, specs, widths, stop).train()
         pulse.leave()
         dist.barrier(group=place.control)
         pulse.stop()

@@ -5,6 +5,7 @@ It knows no architecture by name. LM ranks of a dedicated run are driven by ``ac
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from scale_sae.activations.transport import ReceivedChunk
 from scale_sae.collectives import ALONE, NonFiniteError, Ranks
 from scale_sae.config import RunConfig
 from scale_sae.errors import UserError
+from scale_sae.interleave import Interleaver
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import JobSpec
 from scale_sae.metrics import MetricsWriter, to_floats
@@ -78,7 +80,15 @@ class Trainer:
         self.control = topology.sae_control
         self.run_dir = Path(config.output_dir)
         self.jobs = [
-            JobTrainer(specs[i], topology.shard, topology.device, config.seed, schedule.steps, topology.dp_mesh)
+            JobTrainer(
+                specs[i],
+                topology.shard,
+                topology.device,
+                config.seed,
+                schedule.steps,
+                topology.dp_mesh,
+                topology.deepspeed,
+            )
             for i in self.group.jobs
         ]
         lanes = topology.plan.lane_block(self.group, topology.rank)
@@ -97,6 +107,8 @@ class Trainer:
         # Rows that were left out so far: [non-finite, outliers] per hookpoint.
         self.left_out = {name: torch.zeros(2, dtype=torch.int64, device=topology.device) for name in own_widths}
         self.snapshots = Snapshots(config, specs, topology, self.jobs, self.buffer, self.left_out)
+        # The collectives of one SAE pass while another computes.
+        self.interleaver = Interleaver(topology.device)
         self.launched_at_step = 0
         self.clock = (time.monotonic(), 0)
 
@@ -163,18 +175,16 @@ class Trainer:
             usable[name], non_finite, outliers = usable_rows(rows[name], self.topology.shard.dp)
             self.left_out[name] += torch.stack([non_finite, outliers])
         batches = self._batches(rows, usable)
+        jobs = [job for job in self.jobs if not job.frozen]
+        steps = [
+            partial(job.step, *batches[job.spec.hookpoint, job.spec.target], step, is_logging_step) for job in jobs
+        ]
         measured = []
-        for job in self.jobs:
-            if job.frozen:
-                continue
-            x, target, n_rows = batches[job.spec.hookpoint, job.spec.target]
-            try:
-                metrics = job.step(x, target, n_rows, step, is_logging_step)
-            except NonFiniteError:
+        for job, metrics in zip(jobs, self.interleaver.run(steps, NonFiniteError), strict=True):
+            if isinstance(metrics, NonFiniteError):
                 # Raised on all shards and dp ranks at once, so they stay in step.
                 job.frozen.fill_(True)
-                continue
-            if metrics:
+            elif metrics:
                 measured.append((job, metrics))
         self.step += 1
         if writer is not None:

@@ -144,9 +144,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(config: Path, world: int, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Starts ``accelerate launch [options] -m scale_sae.train`` in a process group of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu.yaml")]
+def launch(
+    config: Path, world: int, *arguments: str, options: Sequence[str] = (), within: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Starts ``[within] accelerate launch [options] -m scale_sae.train`` in a process group of its own.
+
+    ``within`` is a command that becomes the one that follows it, as ``env`` does.
+    """
+    command = [
+        *within,
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch/cpu.yaml"),
+    ]
     command += ["--num_processes", str(world), *options, "-m", "scale_sae.train", "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
@@ -189,16 +201,19 @@ def rank_pids(process: subprocess.Popen[str]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Returns once ``metrics.jsonl`` has reached ``step``."""
+def wait_for_step(
+    run_dir: Path, step: int, process: subprocess.Popen[str], timeout: float = 120, since: float = 0.0
+) -> None:
+    """Returns once ``metrics.jsonl`` has reached ``step``, with a file that was written after ``since``.
+
+    Ranks that go on from a checkpoint first drop the steps after it; ``since``, a time of the clock at which those
+    before were gone, tells the steps of the new ranks from those of the old.
+    """
     path = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
-        lines = (
-            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            if path.exists()
-            else []
-        )
+        fresh = path.exists() and path.stat().st_mtime > since
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if fresh else []
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         time.sleep(0.05)

@@ -169,6 +169,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"topology": {"lm": {"tp": 3}, "sae": {"tp": 1}}},
         ["topology.lm.tp: 3", "num_attention_heads", "use a divisor of"],
     ),
+    "GPUs per LM rank without GPUs": (
+        {"topology.lm": {"parallel": "device_map", "devices_per_rank": 4}},
+        ["topology.lm.devices_per_rank: 4", "counts GPUs", "remove it"],
+    ),
     "misspelt train key of an SAE": ({"saes.0.lrr": 1e-3}, ["saes.0.lrr", "did you mean", "lr"]),
     "misspelt own key of an SAE": (
         {"saes.0.hookpoint": "model.layers.0"},

@@ -108,6 +108,17 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         ("train", "fast", ["train: 'fast'", "mapping", "training_tokens"]),
         ("saes.0", "32", ["saes.0: 32", "mapping"]),
         ("topology.lm", "colocate", ["topology.lm: 'colocate'", "nor colocated"]),
+        (
+            "topology.lm",
+            "{parallel: device_map, tp: 2}",
+            ["topology.lm.parallel: 'device_map'", "set topology.lm.tp: 1"],
+        ),
+        ("topology.lm", "{colocated: true, parallel: device_map}", ["topology.lm.colocated", "topology.lm: colocated"]),
+        ("topology.lm.parallel", "pp", ["topology.lm.parallel: 'pp'", "tp, device_map"]),
+        ("topology.lm.devices_per_rank", "2", ["topology.lm.devices_per_rank: 2", "parallel: device_map"]),
+        ("topology.lm.max_memory_gib", "8", ["topology.lm.max_memory_gib: 8.0", "parallel: device_map"]),
+        ("topology.lm", "{parallel: device_map, devices_per_rank: 0}", ["devices_per_rank: 0", "above 0"]),
+        ("topology.lm", "{parallel: device_map, max_memory_gib: -1}", ["max_memory_gib: -1.0", "above 0"]),
         # Not one of the names.
         ("model.dtype", "bf16", ["model.dtype: 'bf16'", "bfloat16", "float64"]),
         ("model.dtype", "float23", ["did you mean float32"]),
@@ -137,7 +148,6 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         ("topology.sae.dp", "2", ["topology.sae.dp: 2", "topology.engine: fsdp2"]),
         ("topology", "{sae: {dp: 3, tp: 2}, engine: fsdp2}", ["buffer.lanes: 64", "sae.dp x topology.sae.tp (6)"]),
         # Planned, and not there yet.
-        ("topology.engine", "deepspeed", ["topology.engine: 'deepspeed'", "not built yet", "local or fsdp2"]),
         ("checkpoint.keep_every", "250", ["checkpoint.keep_every: 250", "multiple of checkpoint.every_steps (200)"]),
         ("checkpoint.keep_every", "0", ["checkpoint.keep_every: 0", "null"]),
         # SAEs.
@@ -287,6 +297,22 @@ def test_both_names_of_a_key_reach_it(tmp_path: Path) -> None:
             assert run.logging.log_to_wandb
 
 
+def test_a_spread_model_has_ranks_of_its_own(tmp_path: Path) -> None:
+    spread = {"topology": {"lm": {"parallel": "device_map", "max_memory_gib": 20}}}
+    text = yaml.safe_dump({**MINIMAL, **spread})
+    run = from_text(tmp_path, text)
+    assert run.topology.lm == config.LMTopology(parallel="device_map", max_memory_gib=20.0)
+    assert from_text(tmp_path, yaml.safe_dump(config.to_dict(run))) == run
+    assert from_text(tmp_path, text, {"topology.lm": "colocated"}).topology.lm.parallel == "tp"
+    message = error_of(
+        tmp_path, yaml.safe_dump({**MINIMAL, "topology": {"lm": "colocated"}}), {"topology.lm.parallel": "device_map"}
+    )
+    assert message.startswith("topology.lm.parallel: 'device_map'") and "topology.lm is 'colocated'" in message
+    colocated = config.TopologyConfig(config.LMTopology(colocated=True, parallel="device_map"))
+    with pytest.raises(UserError, match=r"parallel: 'device_map' needs LM ranks of their own, not .*colocated$"):
+        config.validate(dataclasses.replace(run, topology=colocated))
+
+
 def test_world_size(tmp_path: Path) -> None:
     dedicated = {"topology": {"lm": {"tp": 2, "dp": 3}, "sae": {"groups": 2, "tp": 4}}}
     run = from_text(tmp_path, yaml.safe_dump({**MINIMAL, **dedicated}))
@@ -395,7 +421,8 @@ def test_identity_and_differences(tmp_path: Path) -> None:
     assert config.differences(config.to_dict(moved), tree) == [
         "output_dir: 'elsewhere' != 'runs/quickstart'",
         "resume: 'never' != 'auto'",
-        "topology.lm: {'dp': 1, 'tp': 4} != 'colocated'",
+        "topology.lm: {'devices_per_rank': None, 'dp': 1, 'max_memory_gib': None, 'parallel': 'tp', ...}"
+        " != 'colocated'",
         "topology.sae.tp: 4 != 1",
         "checkpoint.every_steps: 7 != 200",
         "logging.log_to_wandb: True != False",

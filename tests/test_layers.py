@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).parents[1] / "scale_sae"
 
 # From the bottom up; a module may import what stands on a line above its own, or beside it.
 LAYERS = [
-    {"errors", "seeds", "embedded"},
+    {"errors", "seeds", "embedded", "interleave"},
     {"config_parsing", "collectives", "kernels", "tensorfile"},
     {"config_schema"},
     {"config"},
     {"topology", "saes"},
-    {"activations", "engines", "optim", "metrics", "checkpoint", "heartbeat"},
-    {"export", "init_from", "jobs", "rundir"},
+    {"activations", "engines", "optim", "zero", "metrics", "checkpoint", "heartbeat"},
+    {"export", "init_from", "jobs", "engine_settings", "rundir"},
     {"job_trainer"},
     {"snapshots"},
     {"trainer"},

@@ -339,8 +339,11 @@ class TestTensorParallel:
     @pytest.mark.parametrize(
         ("tp", "message"),
         [
-            (3, "topology.lm.tp: 3 does not divide num_attention_heads of embedded, 8; use a divisor of 4"),
-            (8, "topology.lm.tp: 8 does not divide num_key_value_heads of embedded, 4; use a divisor of 4"),
+            (3, r"tp: 3 does not divide num_attention_heads of embedded \(LlamaForCausalLM\), 8; use a divisor of 4"),
+            (
+                8,
+                r"tp: 8 does not divide num_key_value_heads of embedded .*, 4; use .* or set topology.lm.tp: 1, and ",
+            ),
         ],
     )
     def test_sizes_that_do_not_divide(self, tp: int, message: str) -> None:
@@ -355,14 +358,28 @@ class TestTensorParallel:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (GPT2Config(n_embd=32, n_layer=1, n_head=2), "GPT2LMHeadModel.* has no tensor-parallel plan; use 1"),
-            (MixtralConfig(**SMALL, num_key_value_heads=2), "splits model.layers.0.mlp.experts.* by .*not supported"),
+            (GPT2Config(n_embd=32, n_layer=1, n_head=2), r"\(GPT2LMHeadModel\) has no tensor-parallel plan"),
+            (
+                MixtralConfig(**SMALL, num_key_value_heads=2),
+                r"\(MixtralForCausalLM\) splits model.layers.0.mlp.experts.* by .*, which is not supported",
+            ),
         ],
     )
     def test_model_that_cannot_be_split(self, tmp_path: Path, config: PretrainedConfig, message: str) -> None:
         config.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=message):
+        remedy = "; set topology.lm.tp: 1, and topology.lm.parallel: device_map if one GPU cannot hold the model"
+        with pytest.raises(UserError, match=f"topology.lm.tp: 2.*{message}{remedy}$") as error:
             inspect_model(ModelConfig(name=str(tmp_path)), ["lm_head"], tp=2)
+        assert "\n" not in str(error.value)
+        # The way out is one: the same model is taken as it is told to be.
+        assert inspect_model(ModelConfig(name=str(tmp_path)), ["lm_head"], parallel="device_map")
+
+    def test_heads_that_no_number_of_ranks_divides(self, tmp_path: Path) -> None:
+        Qwen3Config(**SMALL | {"num_attention_heads": 3}, num_key_value_heads=1, head_dim=8).save_pretrained(tmp_path)
+        with pytest.raises(
+            UserError, match=r"heads of .* \(Qwen3ForCausalLM\), 3; set topology.lm.tp: 1, and .*device_map"
+        ):
+            inspect_model(ModelConfig(name=str(tmp_path)), ["model.layers.0"], tp=2)
 
     def test_activation_that_cannot_be_gathered_is_refused_by_name(self) -> None:
         def worker(rank: int, world: int) -> str:

@@ -15,11 +15,11 @@ import yaml
 import runs
 from scale_sae import checkpoint
 
-STEPS = 400
+STEPS = 240
 
 
 def long_config(tmp_path: Path, **changes: Any) -> Path:
-    """A float32 run of 400 short steps, LM tp=2 and SAE tp=2, a checkpoint every 50."""
+    """A float32 run of 240 short steps, LM tp=2 and SAE tp=2, a checkpoint every 50."""
     config = runs.tiny_config(
         tmp_path,
         model={"name": "embedded"},
@@ -33,17 +33,26 @@ def long_config(tmp_path: Path, **changes: Any) -> Path:
     return runs.write_config(tmp_path, config)
 
 
-def consolidate(run_dir: Path, out: Path) -> dict[str, bytes]:
-    """Every released file of a run: path → contents."""
-    command = [sys.executable, "-m", "scale_sae.consolidate", str(run_dir), "--out", str(out)]
-    subprocess.run(command, env=runs.environment(), check=True, capture_output=True, timeout=120)
+def released(out: Path) -> dict[str, bytes]:
+    """The tensor files of a release: path → contents."""
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.safetensors")}
 
 
+def consolidate(run_dir: Path, out: Path) -> dict[str, bytes]:
+    """Makes the release of a run; its tensor files."""
+    command = [sys.executable, "-m", "scale_sae.consolidate", str(run_dir), "--out", str(out)]
+    subprocess.run(command, env=runs.environment(), check=True, capture_output=True, timeout=120)
+    return released(out)
+
+
+def check_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """Checks that two releases of `long_config` are bitwise the same."""
+    assert found.keys() == expected.keys() and len(found) == 4  # weights and sparsity at two hookpoints
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
 def check_same_release(run_dir: Path, out: Path, expected: dict[str, bytes]) -> None:
-    released = consolidate(run_dir, out)
-    assert released.keys() == expected.keys() and len(released) == 4  # weights and sparsity at two hookpoints
-    assert [name for name in released if released[name] != expected[name]] == []
+    check_same(consolidate(run_dir, out), expected)
 
 
 def test_sigkill_then_the_same_command(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:

@@ -3,10 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
 from scale_sae.config import LMTopology, SAETopology, TopologyConfig
 from scale_sae.errors import UserError
-from scale_sae.topology import Job, Plan, check_world_size, plan, split_jobs
+from scale_sae.topology import Job, Plan, check_world_size, gpus_of_ranks, pick_devices, plan, split_jobs
 
 
 def jobs(count: int, per_hookpoint: int = 1) -> list[Job]:
@@ -86,6 +87,57 @@ def test_jobs_of_one_hookpoint_stay_together_unless_a_group_would_be_empty() -> 
     assert all(dealt)
     with pytest.raises(UserError, match=r"topology\.sae\.groups: 7 groups for 6 SAEs"):
         split_jobs(two_hookpoints, 7)
+
+
+def spread(sae_ranks: int, lm_ranks: int, each: int | None = None) -> TopologyConfig:
+    lm = LMTopology(dp=lm_ranks, parallel="device_map", devices_per_rank=each)
+    return TopologyConfig(lm=lm, sae=SAETopology(tp=sae_ranks))
+
+
+@pytest.mark.parametrize(
+    ("topology", "ranks", "gpus", "expected"),
+    [
+        # One GPU per rank, shared in turn where there are fewer.
+        (TopologyConfig(lm=LMTopology(tp=2), sae=SAETopology(tp=2)), range(4), 4, [[0], [1], [2], [3]]),
+        (TopologyConfig(lm=LMTopology(tp=2), sae=SAETopology(tp=2)), range(4), 3, [[0], [1], [2], [0]]),
+        (TopologyConfig(lm=LMTopology(tp=4), sae=SAETopology(tp=4)), range(4, 8), 8, [[0], [1], [2], [3]]),
+        # LM ranks share out evenly what SAE ranks leave...
+        (spread(2, 1), range(3), 8, [[0], [1], [2, 3, 4, 5, 6, 7]]),
+        (spread(2, 2), range(4), 8, [[0], [1], [2, 3, 4], [5, 6, 7]]),
+        (spread(1, 2), range(3), 8, [[0], [1, 2, 3], [4, 5, 6]]),
+        (spread(1, 1), range(2), 2, [[0], [1]]),
+        # ... or have as many as they are given.
+        (spread(2, 2, 2), range(4), 8, [[0], [1], [2, 3], [4, 5]]),
+        # Two machines of 8 GPUs and 4 ranks each: all ranks of the first train SAEs, and two of the second.
+        (spread(6, 2), range(4), 8, [[0], [1], [2], [3]]),
+        (spread(6, 2), range(4, 8), 8, [[0], [1], [2, 3, 4], [5, 6, 7]]),
+        (spread(4, 4), range(4, 8), 8, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ],
+)
+def test_gpus_of_ranks(topology: TopologyConfig, ranks: range, gpus: int, expected: list[list[int]]) -> None:
+    assert [list(own) for own in gpus_of_ranks(topology, ranks, gpus)] == expected
+
+
+@pytest.mark.parametrize(
+    ("topology", "ranks", "gpus", "message"),
+    [
+        (spread(2, 1, 7), range(3), 8, "devices_per_rank: 7 for each of 1 LM .* are 9 GPUs, .* has 8; .* at most 6$"),
+        (spread(4, 2, 3), range(6), 8, "devices_per_rank: 3 for each of 2 LM .* are 10 GPUs, .* has 8; .* at most 2$"),
+        (spread(7, 2), range(9), 8, "parallel: device_map needs a GPU for each of 7 SAE ranks .* each of 2 LM ranks"),
+        (spread(1, 1), range(2), 1, "a machine has 1; start fewer processes per machine$"),
+    ],
+)
+def test_too_few_gpus(topology: TopologyConfig, ranks: range, gpus: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^topology.lm.*{message}") as error:
+        gpus_of_ranks(topology, ranks, gpus)
+    assert "\n" not in str(error.value)
+
+
+def test_devices_are_counted_in_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert pick_devices(spread(1, 1), 1, 1) == (torch.device("cpu"),)
+    with pytest.raises(UserError, match=r"devices_per_rank: 2 counts GPUs, and there are none here; remove it"):
+        pick_devices(spread(1, 1, 2), 1, 1)
 
 
 def test_wrong_number_of_ranks_names_both_and_a_command() -> None:

@@ -1,6 +1,7 @@
 """What the trainer makes of a batch before an SAE sees it: rows that do not count, and the scale of the inputs."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,20 @@ def config_of(folder: Path, saes: list[dict[str, Any]], n_rows: int, tp: int = 1
 def train(run: config.RunConfig, rows: dict[str, Tensor], look: Callable[[Trainer], Any]) -> list[Any]:
     """Trains on the given rows to the end; what ``look`` sees of the trainer afterwards, per rank."""
 
-    def worker(rank: int, world: int) -> Any:
-        store = topology.connect(rank, world, "gloo")
-        widths, specs = resolve(run)
-        planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
-        place = topology.build(planned, rank, torch.device("cpu"), "gloo", store)
-        trainer = Trainer(run, specs, widths, schedule(run, CHUNK), place, torch.float64)
-        assert trainer.fit(Rows(rows, trainer), lambda: False, None) is False
-        return look(trainer)
+    return run_ranks(run.topology.world_size, partial(train_here, run, rows, look), init=False)
 
-    return run_ranks(run.topology.world_size, worker, init=False)
+
+def train_here(
+    run: config.RunConfig, rows: dict[str, Tensor], look: Callable[[Trainer], Any], rank: int, world: int
+) -> Any:
+    """As ``train``, on this rank."""
+    store = topology.connect(rank, world, "gloo")
+    widths, specs = resolve(run)
+    planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
+    place = topology.build(planned, rank, torch.device("cpu"), "gloo", store)
+    trainer = Trainer(run, specs, widths, schedule(run, CHUNK), place, torch.float64)
+    assert trainer.fit(Rows(rows, trainer), lambda: False, None) is False
+    return look(trainer)
 
 
 def made_up_rows(n: int) -> dict[str, Tensor]:

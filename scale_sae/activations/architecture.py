@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scale_sae import embedded
+from scale_sae.activations.device_map import check_device_map
 from scale_sae.activations.tensor_parallel import parallel_styles
 from scale_sae.config import DataConfig, ModelConfig
 from scale_sae.errors import UserError, nearest
@@ -115,24 +116,27 @@ def fill_pattern(targets: Iterable[str], patterns: Iterable[str], name: str) -> 
     return first + "".join(part + text for part, text in zip(match.groups(), rest, strict=False))
 
 
-def inspect_model(model: ModelConfig, patterns: Sequence[str], tp: int = 1) -> dict[str, int]:
+def inspect_model(model: ModelConfig, patterns: Sequence[str], tp: int = 1, parallel: str = "tp") -> dict[str, int]:
     """Find the hookpoints that ``patterns`` name and the widths of their activations; loads no weights.
 
     Args:
         model: the model.
         patterns: hookpoints, in which ``*`` stands for anything but a dot.
         tp: LM ranks that the model is to be split over; whether its plan allows that is checked too.
+        parallel: ``device_map`` where it is to be spread over one rank's devices; whether that is possible is checked.
 
     Returns:
         Hookpoint → width (size of the last dimension), in model order; a module's input comes before its output.
 
     Raises:
         UserError: the model does not exist; a pattern matches nothing; a hookpoint gives no
-            ``[batch, position, width]`` tensor exactly once per forward; the model cannot be split ``tp`` ways.
+            ``[batch, position, width]`` tensor exactly once per forward; the model cannot be split in this way.
     """
     network = build_architecture(model)
     if tp > 1:
         parallel_styles(network, tp, model.name)
+    if parallel == "device_map":
+        check_device_map(network, model.name)
     modules = [name for name, _ in network.named_modules() if name]
     hookpoints = match_hookpoints(patterns, [name + suffix for name in modules for suffix in (INPUT, "")])
     shapes = _shapes(model, hookpoints)

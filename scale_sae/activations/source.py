@@ -1,5 +1,8 @@
 """Runs a model and takes the activations at the hookpoints, whole on every rank also where the model is split."""
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from scale_sae.activations.architecture import (
     match_hookpoints,
     model_path,
 )
+from scale_sae.activations.device_map import MaxMemory
 from scale_sae.activations.tensor_parallel import parallelize
 from scale_sae.config import ModelConfig
 from scale_sae.errors import UserError
@@ -45,6 +49,8 @@ class ActivationSource:
         device: where the model runs.
         mesh: the ranks that share the model, one-dimensional; all of them make a source and then call the same methods
             with the same inputs. They may be a part of the world. None, or one rank: not split.
+        spread: what each of this rank's devices may hold (``device_map.max_memory``), for a model that is spread over
+            them. ``device`` is then where inputs come from and activations go to.
 
     Attributes:
         model: the transformers model.
@@ -60,16 +66,25 @@ class ActivationSource:
         hookpoints: Mapping[str, int],
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
+        spread: MaxMemory | None = None,
     ) -> None:
         self.hookpoints = dict(hookpoints)
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.mesh = mesh if mesh is not None and mesh.size() > 1 else None
         self.forward_tokens = 0
-        self.model = _load(model, self.dtype)
-        if self.mesh is not None:
-            parallelize(self.model, self.mesh, model.name)
-        self.model.to(self.device)
+        if spread is None:
+            self.model = _load(model, self.dtype)
+            if self.mesh is not None:
+                parallelize(self.model, self.mesh, model.name)
+            self.model.to(self.device)
+        else:
+            # For weights that fit on no device, where they cannot be read from the model's own files.
+            folder = tempfile.mkdtemp(prefix="scale_sae_offload_")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            # In a balanced map no GPU has more of the model than it must: activations take room too.
+            placing = {"device_map": "balanced", "max_memory": dict(spread), "offload_folder": folder}
+            self.model = _load(model, self.dtype, **placing)
         self._input_name = input_name(model)
 
     @torch.no_grad()
@@ -90,7 +105,7 @@ class ActivationSource:
         def take(hookpoint: str) -> Callable[[Tensor], None]:
             def see(activation: Tensor) -> None:
                 # A copy, since some models go on to add to a module's output in place (Falcon's parallel blocks do).
-                found[hookpoint] = _arrived(activation).clone()
+                found[hookpoint] = _arrived(activation).to(self.device, copy=True)
                 if len(found) == len(self.hookpoints):
                     raise _Captured
 
@@ -114,7 +129,7 @@ class ActivationSource:
         """While open, forwards call ``see`` with a copy of the activation ``[n, positions, width]``."""
 
         def look(activation: Tensor) -> None:
-            see(self._whole(hookpoint, _arrived(activation)).clone())
+            see(self._whole(hookpoint, _arrived(activation)).to(self.device, copy=True))
 
         handle = attach(self.model, hookpoint, look)
         try:
@@ -127,7 +142,8 @@ class ActivationSource:
         """While open, forwards go on with ``fn(x)`` for the activation x ``[n, positions, width]``."""
 
         def see(activation: Tensor) -> Tensor:
-            return self._share(fn(self._whole(hookpoint, _arrived(activation))), activation)
+            whole = self._whole(hookpoint, _arrived(activation)).to(self.device)
+            return self._share(fn(whole).to(activation.device), activation)
 
         handle = attach(self.model, hookpoint, see)
         try:
@@ -138,7 +154,7 @@ class ActivationSource:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """The logits of a full forward, ``[n, context, vocabulary]`` of a language model."""
-        logits: Tensor = _arrived(self.forward(inputs).logits)
+        logits: Tensor = _arrived(self.forward(inputs).logits).to(self.device)
         return logits
 
     @torch.no_grad()
@@ -170,7 +186,7 @@ class ActivationSource:
         return whole.chunk(self.mesh.size(), dim=-1)[self.mesh.get_local_rank()]
 
 
-def _load(model: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
+def _load(model: ModelConfig, dtype: torch.dtype, **placing: Any) -> "PreTrainedModel":
     chosen = auto_class(model)
     try:
         network: PreTrainedModel = chosen.from_pretrained(
@@ -179,6 +195,7 @@ def _load(model: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            **placing,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.name: {model.name} cannot be loaded: {first_line(error)}") from error

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SPLIT = {"colwise": 0, "rowwise": 1}  # style: dimension of the weight [out, in] that is cut
 # These stay whole on every rank.
 WHOLE = {"replicate", "replicated_with_grad_allreduce"}
+# What to do where a model cannot be split.
+WITHOUT_TP = "set topology.lm.tp: 1, and topology.lm.parallel: device_map if one GPU cannot hold the model"
 
 
 def parallel_styles(network: "PreTrainedModel", tp: int, name: str) -> dict[str, ParallelStyle]:
@@ -30,9 +32,9 @@ def parallel_styles(network: "PreTrainedModel", tp: int, name: str) -> dict[str,
         UserError: the model has no plan, the plan has a style that is not known here, or ``tp`` does not divide the
             heads or another size that is to be split.
     """
-    key = f"topology.lm.tp: {tp}"
+    key, model = f"topology.lm.tp: {tp}", f"{name} ({type(network).__name__})"
     if not network.base_model.tp_plan:
-        raise UserError(f"{key}, but {name} ({type(network).__name__}) has no tensor-parallel plan; use 1")
+        raise UserError(f"{key}, but {model} has no tensor-parallel plan; {WITHOUT_TP}")
     parts = dict(network.named_modules()) | dict(network.named_parameters())
     styles: dict[str, ParallelStyle] = {}
     sizes: dict[str, int] = {}
@@ -43,8 +45,8 @@ def parallel_styles(network: "PreTrainedModel", tp: int, name: str) -> dict[str,
             if style in WHOLE:
                 continue
             if translated is None or not isinstance(parts[part], nn.Linear | nn.Embedding):
-                message = f"{key}, but the plan of {name} splits {part} by {style}, which is not supported"
-                raise UserError(f"{message}; use 1")
+                message = f"{key}, but the plan of {model} splits {part} by {style}, which is not supported"
+                raise UserError(f"{message}; {WITHOUT_TP}")
             styles[part] = translated
             if style in SPLIT:
                 sizes[f"the size of {part}"] = parts[part].weight.shape[SPLIT[style]]
@@ -55,7 +57,8 @@ def parallel_styles(network: "PreTrainedModel", tp: int, name: str) -> dict[str,
     for what, size in sizes.items():
         if size % tp:
             most = math.gcd(*sizes.values())
-            raise UserError(f"{key} does not divide {what} of {name}, {size}; use a divisor of {most}")
+            ways = f"use a divisor of {most}, or {WITHOUT_TP}" if most > 1 else WITHOUT_TP
+            raise UserError(f"{key} does not divide {what} of {model}, {size}; {ways}")
     return styles
 
 

@@ -218,6 +218,16 @@ class TrainingSAE(nn.Module, ABC):
         self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
         self.b_dec = self.zeros(self.d_out, device=device)
 
+    @classmethod
+    def multiply_adds(cls, cfg: Any) -> int:
+        """What a training step of such an SAE costs per row, over all shards; by it SAEs are dealt out to groups.
+
+        Matrix products alone, those of a class on dense activations: 2·d_in·d_sae for the encoder and its gradient (its
+        input has none), 3·d_sae·d_out for the decoder, its gradient and that of the activations.
+        """
+        d_out = getattr(cfg, "d_out", None) or cfg.d_in
+        return 2 * cfg.d_in * cfg.d_sae + 3 * cfg.d_sae * d_out
+
     def zeros(self, *shape: int, device: torch.device | str) -> nn.Parameter:
         """A parameter of zeros in the SAE's dtype."""
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))

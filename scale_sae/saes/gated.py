@@ -40,6 +40,11 @@ class GatedTrainingSAE(TrainingSAE):
         self.b_mag = self.zeros(self.n_local, device=device)
         self.r_mag = self.zeros(self.n_local, device=device)
 
+    @classmethod
+    def multiply_adds(cls, cfg: Any) -> int:
+        """As the base class, twice: the auxiliary loss encodes and decodes once more."""
+        return 2 * super().multiply_adds(cfg)
+
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 

@@ -75,6 +75,23 @@ class TopKTrainingSAE(TrainingSAE):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
 
+    @classmethod
+    def works_on_codes(cls) -> bool:
+        """Whether the step is that on codes; a subclass may have replaced what only the dense one calls."""
+        return all(getattr(cls, name) is getattr(TopKTrainingSAE, name) for name in DENSE_HOOKS)
+
+    @classmethod
+    def multiply_adds(cls, cfg: Any) -> int:
+        """See the base class. On codes d_in·d_sae for the encoder, and for each of a row's k latents d_in + 3·d_out.
+
+        These are the encoder's gradient, the decoder, its gradient and that of the activations. AuxK, which costs
+        nothing where no latent is dead, is left out.
+        """
+        if not cls.works_on_codes():
+            return super().multiply_adds(cfg)
+        d_out = getattr(cfg, "d_out", None) or cfg.d_in
+        return int(cfg.d_in * cfg.d_sae + cfg.k * (cfg.d_in + 3 * d_out))
+
     # ---- what the kinds of TopK differ in ---------------------------------------------------------------------------
 
     def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +123,7 @@ class TopKTrainingSAE(TrainingSAE):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """See the base class. One all-reduce carries the reconstruction and, where latents are dead, AuxK's."""
-        if any(getattr(type(self), name) is not getattr(TopKTrainingSAE, name) for name in DENSE_HOOKS):
+        if not self.works_on_codes():
             return self._dense_forward_pass(step_input)
         x = self.row_norm.normalize(step_input.sae_in.to(self.dtype))
         shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None

@@ -47,6 +47,11 @@ class SkipTranscoding(Transcoding):
         super().__init__(cfg, shard, device)
         self.W_skip = self.zeros(self.d_out, cfg.d_in, device=device)
 
+    @classmethod
+    def multiply_adds(cls, cfg: Any) -> int:
+        """As the class without a skip connection, and 2·d_in·d_out for that and its gradient."""
+        return super().multiply_adds(cfg) + 2 * cfg.d_in * (cfg.d_out or cfg.d_in)
+
     def add_skip(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
         # After the sum over the shards, so that each of them finds the whole gradient of W_skip.
         return sae_out + sae_in.to(self.dtype) @ self.W_skip.T
