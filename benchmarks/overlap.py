@@ -35,18 +35,18 @@ def one_by_one(tasks: Sequence[Callable[[], Any]], expected: type[Exception]) ->
     return [task() for task in tasks]
 
 
-def block(trainer: Trainer, stream: RandomRows, steps: int) -> float:
-    """Milliseconds per step."""
+def block(trainer: Trainer, stream: RandomRows, steps: int) -> tuple[float, float]:
+    """(milliseconds per step, those of this rank's processors' time)."""
     device = trainer.topology.device
     dist.barrier(trainer.topology.sae_control)
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     for _ in range(steps):
         trainer._fill(stream)
         trainer._train_step(None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier(trainer.topology.sae_control)
-    return (time.perf_counter() - begun) / steps * 1e3
+    return (time.perf_counter() - begun) / steps * 1e3, (time.process_time() - used) / steps * 1e3
 
 
 def main(path: str, saes: int, steps: int, pairs: int, overrides: dict[str, Any]) -> None:
@@ -74,17 +74,20 @@ def main(path: str, saes: int, steps: int, pairs: int, overrides: dict[str, Any]
         sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
         trainer = Trainer(made, specs, widths, sizes, place, getattr(torch, made.model.dtype))
         stream, in_turns = RandomRows(trainer, sizes.batch), trainer.interleaver.run
-        times: dict[str, list[float]] = {"in turns": [], "one by one": []}
+        times: dict[str, list[tuple[float, float]]] = {"in turns": [], "one by one": []}
         block(trainer, stream, 3)
         for _ in range(pairs):
-            for name, found in times.items():
+            for name, blocks in times.items():
                 trainer.interleaver.run = in_turns if name == "in turns" else one_by_one  # type: ignore[method-assign]
-                found.append(block(trainer, stream, steps))
+                blocks.append(block(trainer, stream, steps))
     if rank == 0:
-        ratios = [a / b for a, b in zip(*times.values(), strict=True)]
-        figures = {f"{name}, ms per step": round(statistics.median(found), 2) for name, found in times.items()}
-        spread = {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
-        print(json.dumps({"ranks": world_size, "saes": saes, **figures, **spread, "most": round(max(ratios), 3)}))
+        for which, unit in enumerate(("ms per step", "ms of processor time per step")):
+            found = {name: [both[which] for both in blocks] for name, blocks in times.items()}
+            ratios = [a / b for a, b in zip(*found.values(), strict=True)]
+            figures = {name: round(statistics.median(values), 2) for name, values in found.items()}
+            spread = {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+            spread = {name: round(value, 3) for name, value in spread.items()}
+            print(json.dumps({"ranks": world_size, "saes": saes, "unit": unit, **figures, **spread}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -43,7 +43,7 @@ class JobTrainer:
         dp_mesh: DeviceMesh | None = None,
         deepspeed: Mapping[str, Any] | None = None,
     ):
-        """``dp_mesh``, of the ranks of ``shard.dp``, is for fsdp2, ``deepspeed`` the settings of the engine of this name.
+        """``dp_mesh``, of the ranks of ``shard.dp``, is for the engine fsdp2, ``deepspeed`` holds that one's settings.
 
         With neither, the engine is local.
         """

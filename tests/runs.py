@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import WeakKeyDictionary
 
 import datasets  # noqa: F401 (imported before the ranks are forked, so that each need not)
 import torch
@@ -139,6 +141,9 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 # ---- real launches ---------------------------------------------------------------------------------------------------
 
+# What launches print goes to files: a pipe that nobody reads holds 64 KiB, and a run that prints more then waits.
+OUTPUTS: WeakKeyDictionary[subprocess.Popen[str], IO[str]] = WeakKeyDictionary()
+
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -160,27 +165,36 @@ def launch(
         str(ROOT / "launch/cpu.yaml"),
     ]
     command += ["--num_processes", str(world), *options, "-m", "scale_sae.train", "--config", str(config), *arguments]
-    return subprocess.Popen(
+    output = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 (closed by the collector, with the launch)
+    process = subprocess.Popen(
         command,
         cwd=config.parent,
         env=environment(),
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    OUTPUTS[process] = output
+    return process
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 180) -> tuple[int, str]:
     """Exit code and output; a launch that hangs is ended with all its ranks, and the test fails."""
     try:
-        output, _ = process.communicate(timeout=timeout)
+        process.wait(timeout)
     except subprocess.TimeoutExpired:
         for pid in [*rank_pids(process), process.pid]:
             os.kill(pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"the launch did not end within {timeout} s\n{output[-3000:]}") from None
-    return process.returncode, output
+        process.wait()
+        raise AssertionError(f"the launch did not end within {timeout} s\n{output_of(process)[-3000:]}") from None
+    return process.returncode, output_of(process)
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """What a launch has printed."""
+    OUTPUTS[process].seek(0)
+    return OUTPUTS[process].read()
 
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:

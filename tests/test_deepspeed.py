@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engines import BATCH, HOOKPOINT, STEPS, living_bytes
 from torch import Tensor
 
 import runs
@@ -19,6 +18,7 @@ from scale_sae.optim import Optimizer
 from scale_sae.saes import TrainStepInput, create, training_config
 from scale_sae.saes.base import TrainingSAE
 from scale_sae.zero import DeepSpeedEngine, ZeroOptimizer
+from test_engines import BATCH, HOOKPOINT, STEPS, living_bytes
 
 ZERO = {stage: str(runs.ROOT / f"launch/deepspeed/{stage}.json") for stage in ("zero1", "zero2", "zero2_offload")}
 
@@ -211,7 +211,7 @@ def test_updates_are_those_of_the_local_engine(stage: str, dp: int, tp: int) -> 
 
 @pytest.mark.parametrize(("stage", "dp", "tp"), [("zero1", 2, 2), ("zero1", 4, 1), ("zero2", 4, 1)])
 def test_the_state_is_divided(stage: str, dp: int, tp: int) -> None:
-    """Per rank, float32: parameters of the shard once, a dp-th of them again with two moments; b_dec with its moments."""
+    """Per rank, float32: a shard's parameters once, a dp-th of them again with two moments; b_dec with its moments."""
     d_in, d_sae = 32, 4096
 
     def worker(rank: int, world: int) -> int:

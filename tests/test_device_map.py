@@ -87,7 +87,8 @@ def test_stops_after_the_last_hookpoint_and_reads_no_more_weights() -> None:
 def test_what_is_replaced_is_seen_by_what_follows() -> None:
     whole, spread = both(EMBEDDED, ["model.layers.1", "model.layers.2:in"], 0.6)
     for hookpoint in ("model.layers.1", "model.layers.2:in"):
-        found, seen = [], []
+        found: list[Tensor] = []
+        seen: list[Tensor] = []
         for source in (whole, spread):
             with source.replace(hookpoint, lambda x: x.flip(-1)):
                 found.append(source.logits(tokens()))
@@ -129,7 +130,7 @@ LIMIT_GIB = 0.0165
 
 
 def test_a_run_is_bitwise_that_of_the_model_in_one_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    states = []
+    states: list[dict[str, Tensor]] = []
     for lm in ({"dp": 2}, {"dp": 2, "parallel": "device_map", "max_memory_gib": LIMIT_GIB}):
         folder = tmp_path / str(len(states))
         folder.mkdir()

@@ -50,7 +50,7 @@ def recorded(config: Path, rank: int, world: int) -> dict[str, Any]:
         chunks.append(inputs.numpy().tobytes())
         return capture(self, inputs)
 
-    dist.batch_isend_irecv = exchanged
+    dist.batch_isend_irecv = exchanged  # type: ignore[assignment]
     ActivationSource.capture = captured  # type: ignore[method-assign]
     assert train.run(str(config), (), {}) == 0
     return {"received": received, "chunks": chunks}

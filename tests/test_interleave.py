@@ -123,7 +123,7 @@ def test_the_second_thread_is_set_as_the_caller_is(grad: bool) -> None:
         interleaver, seen = Interleaver(CPU), []
         with torch.set_grad_enabled(grad):
             for _ in range(3):
-                found = interleaver.run([task, task], ValueError)
+                found: list[Any] = interleaver.run([task, task], ValueError)
                 assert [part[:3] for part in found] == [settings()[:3]] * 2 == [(grad, 3, torch.float64)] * 2
                 seen.append([part[3] for part in found])
         assert seen[0] == seen[1] == seen[2] and len(set(seen[0])) == 2  # made once
@@ -162,7 +162,7 @@ SAES: list[dict[str, Any]] = [
     {"name": "jumprelu", "architecture": "jumprelu", "jumprelu_bandwidth": 0.4, "l0_coefficient": 0.3},
     {"name": "gated", "architecture": "gated", "l1_coefficient": 0.1},
 ]
-N_ROWS = 12 * stream.BATCH  # of the steps, 0, 9 and 11 log
+N_ROWS = 6 * stream.BATCH  # of the steps, 0 and 5 log; latents may be dead from step 2 on
 
 
 def one_by_one(self: Interleaver, tasks: list[Callable[[], Any]], expected: type[Exception]) -> list[Any]:
@@ -201,7 +201,7 @@ class Watch:
             work = call(tensor, *args, **keys)
             return None if work is None else Work(work, lambda: self.events.append(("wait", job, number)))
 
-        JobTrainer.step = stepped  # type: ignore[method-assign]
+        JobTrainer.step = stepped  # type: ignore[method-assign,assignment]
         dist.all_reduce = partial(begun, reduce)
         collectives._all_gather_flat = partial(begun, gather)
 
@@ -246,7 +246,7 @@ def trained(grid: str, saes: list[dict[str, Any]], folder: Path, in_turns: bool)
     return run_ranks(run.topology.world_size, worker, init=False)
 
 
-@pytest.mark.parametrize(("grid", "count"), [("tp=2", 5), ("tp=2", 1), ("tp=2", 2), ("dp=2, tp=2", 5)])
+@pytest.mark.parametrize(("grid", "count"), [("tp=2", 5), ("tp=2", 1), ("dp=2, tp=2", 5)])
 def test_results_are_those_of_one_sae_after_the_other(grid: str, count: int, tmp_path: Path) -> None:
     """Of five SAEs one is frozen on the way, so that an even number is left."""
     saes = SAES[:count]
@@ -257,8 +257,8 @@ def test_results_are_those_of_one_sae_after_the_other(grid: str, count: int, tmp
             name for name in tensors if not torch.equal(tensors[name].nan_to_num(), their_tensors[name].nan_to_num())
         ] == []
         # As text, since NaN is not itself.
-        assert repr(metrics) == repr(their_metrics) and len(metrics) >= 12
-        assert bool(tensors.get(f"{stream.IN}/diverging/frozen", count < 3)) is True
+        assert repr(metrics) == repr(their_metrics) and len(metrics) > 5 * (count - 1)
+        assert count == 1 or tensors[f"{stream.IN}/diverging/frozen"]
         assert sorted(map(repr, calls)) == sorted(map(repr, their_calls))
         assert (calls == their_calls) is (count == 1)  # else the order is another
     # The order is the same on all ranks: each group's members, and so their messages, match.
@@ -285,7 +285,7 @@ def test_a_user_error_in_one_sae_ends_the_run_on_every_rank(tmp_path: Path) -> N
             return step(job, *args)
 
         TopKTrainingSAE.select = fails  # type: ignore[method-assign]
-        JobTrainer.step = stepped  # type: ignore[method-assign]
+        JobTrainer.step = stepped  # type: ignore[method-assign,assignment]
         seen: list[Trainer] = []
         with pytest.raises(UserError, match="of no use"):
             stream.train_here(run, stream.made_up_rows(N_ROWS), seen.append, rank, world)
@@ -317,7 +317,7 @@ def test_an_sae_computes_while_the_message_of_another_passes(tmp_path: Path) -> 
                 raise UserError("enough")
             return forward(self, step_input)
 
-        TopKTrainingSAE._scores = computes  # type: ignore[method-assign]
+        TopKTrainingSAE._scores = computes  # type: ignore[method-assign,assignment]
         TopKTrainingSAE.training_forward_pass = passes  # type: ignore[method-assign]
         with pytest.raises(UserError, match="enough"):
             stream.train_here(run, stream.made_up_rows(3 * stream.BATCH), lambda trainer: None, rank, world)

@@ -175,7 +175,7 @@ def groups_of(groups: int, *saes: dict[str, Any]) -> list[list[str]]:
 
 def test_dense_saes_are_dealt_out_against_several_topk_ones() -> None:
     """Gated 10, standard 5, TopK 1 each (and a little for k): equal latents are no equal work."""
-    one_of_each = [
+    one_of_each: list[dict[str, Any]] = [
         {"architecture": "gated", "hookpoints": ["model.layers.0"]},
         {"architecture": "standard", "hookpoints": ["model.layers.1"]},
         {"architecture": "topk", "k": 1, "hookpoints": ["model.layers.2", "model.layers.3", "model.layers.*.mlp"]},

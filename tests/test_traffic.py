@@ -51,7 +51,7 @@ class Traffic:
         self.links: dict[str, str] = {}
         self.step: int | None = None
         self.here = threading.local()
-        both: dict[str, tuple[str, Callable[..., int]]] = {
+        counted: dict[str, tuple[str, Callable[..., int]]] = {
             "allreduce": ("all_reduce", lambda tensors, *rest: 2 * _bytes(tensors)),
             "allgather": ("all_gather", lambda outputs, own, *rest: _bytes(outputs)),
             "gather": ("gather", lambda outputs, own, *rest: _bytes(outputs) or _bytes(own)),
@@ -61,12 +61,12 @@ class Traffic:
         }
         # Newer torch renames two.
         for name in ("all_gather_single", "_allgather_base"):
-            both[name] = ("all_gather", lambda output, own, *rest: _bytes(output))
+            counted[name] = ("all_gather", lambda output, own, *rest: _bytes(output))
         for name in ("reduce_scatter_single", "_reduce_scatter_base"):
-            both[name] = ("reduce_scatter", lambda output, whole, *rest: _bytes(whole))
+            counted[name] = ("reduce_scatter", lambda output, whole, *rest: _bytes(whole))
         others = ("alltoall", "alltoall_base", "all_to_all_single", "scatter", "reduce", "reduce_scatter")
         coalesced = [name for name in dir(dist.ProcessGroup) if "coalesced" in name]
-        for name, (call, count) in both.items():
+        for name, (call, count) in counted.items():
             if hasattr(dist.ProcessGroup, name):
                 self._wrap(name, call, count)
         for name in (*others, *coalesced):
@@ -115,9 +115,6 @@ class Traffic:
                 self.here.job = None
 
         topology.build, Trainer._announce, JobTrainer.step = built, announced, stepped  # type: ignore[assignment]
-
-    def of(self, step: int, job: str | None) -> list[Message]:
-        return [message for message in self.messages if (message.step, message.job) == (step, job)]
 
 
 def _tensors(value: object) -> list[Tensor]:
