@@ -32,6 +32,7 @@ TOPOLOGIES: dict[str, tuple[dict[str, Any], int]] = {
     "tp=1": ({"lm": "colocated", "sae": {"tp": 1}}, 1),
     "tp=4": ({"lm": "colocated", "sae": {"tp": 4}}, 4),
     "fsdp2, dp=2, tp=2": ({"lm": "colocated", "sae": {"dp": 2, "tp": 2}, "engine": "fsdp2"}, 4),
+    "fsdp2, dp=4": ({"lm": "colocated", "sae": {"dp": 4}, "engine": "fsdp2"}, 4),
     "ZeRO-1, dp=2, tp=2": (deepspeed("zero1", dp=2, tp=2), 4),
     "ZeRO-2, dp=2, LM tp=1": (deepspeed("zero2", {"tp": 1}, dp=2), 3),
 }

@@ -32,6 +32,8 @@ TOPOLOGIES: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp2, dp=2, tp=2": ({"lm": "colocated", "sae": {"dp": 2, "tp": 2}, "engine": "fsdp2"}, 4),
     "fsdp2, dp=2, tp=2, LM tp=1, dp=2": ({"lm": {"dp": 2}, "sae": {"dp": 2, "tp": 2}, "engine": "fsdp2"}, 6),
     "fsdp2, dp=4, LM tp=1": ({"lm": {"tp": 1}, "sae": {"dp": 4}, "engine": "fsdp2"}, 5),
+    "local, tp=4, LM tp=1": ({"lm": {"tp": 1}, "sae": {"tp": 4}}, 5),
+    "fsdp2, dp=4": ({"lm": "colocated", "sae": {"dp": 4}, "engine": "fsdp2"}, 4),
     "fsdp2, dp=1, tp=2": ({"lm": "colocated", "sae": {"tp": 2}, "engine": "fsdp2"}, 2),
 }
 REFERENCE = "local, tp=4"
@@ -115,7 +117,13 @@ def metrics(run: Path) -> dict[str, Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != REFERENCE])
+SLOW = ("local, tp=4, LM tp=1", "fsdp2, dp=4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in TOPOLOGIES if name != REFERENCE],
+)
 def test_an_engine_never_changes_the_result(name: str, made: Runs) -> None:
     ours, reference = made.of(name), made.of(REFERENCE)
     difference = runs.largest_difference(runs.sae_state(ours), runs.sae_state(reference))
@@ -142,6 +150,9 @@ RESUMED = [
     ("local, tp=4", "fsdp2, dp=2, tp=2"),
     ("fsdp2, dp=2, tp=2", "fsdp2, dp=4, LM tp=1"),
     ("fsdp2, dp=4, LM tp=1", "local, tp=4"),
+    pytest.param("fsdp2, dp=2, tp=2", "local, tp=4", marks=pytest.mark.slow),
+    pytest.param("local, tp=4", "fsdp2, dp=4, LM tp=1", marks=pytest.mark.slow),
+    pytest.param("fsdp2, dp=4, LM tp=1", "fsdp2, dp=2, tp=2", marks=pytest.mark.slow),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import runs  # noqa: F401 (imports transformers before the ranks are forked, so that each need not)
 from harness import run_ranks
 from scale_sae import collectives
 from scale_sae.collectives import NonFiniteError
