@@ -9,7 +9,7 @@ config may follow, dotted.
 
 The gain is what the link takes, so try it on a slow one too. Linux limits the loopback's rate, for a start:
 
-    unshare --net bash -c 'ip link set lo up && tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 1s && …'
+    unshare --net bash -c 'ip link set lo up && tc qdisc add dev lo root tbf rate 1gbit burst 100kb latency 1s && …'
 """
 
 import json

@@ -202,8 +202,7 @@ def seal(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -
         final.rename(replaced)
     folder.rename(final)
     _sync(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is there, whatever becomes of the old
     return final
 
 
@@ -266,13 +265,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
-    """Deletes all but the newest ``keep`` complete checkpoints and those of every ``keep_every``-th step."""
+    """Deletes all but the newest ``keep`` complete checkpoints and those of every ``keep_every``-th step.
+
+    What cannot be deleted, because a reader has it open on a network disk or it is another user's, is tried again the
+    next time.
+    """
     found = complete(run_dir)
     kept = found[:keep] + [folder for folder in found if keep_every is not None and step_of(folder) % keep_every == 0]
     for folder in _steps(run_dir):
         if folder not in kept:
-            (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one never looks complete
-            shutil.rmtree(folder)
+            try:  # the marker first, so that a half-deleted one never looks complete
+                (folder / MARKER).unlink(missing_ok=True)
+            except OSError:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _steps(run_dir: Path) -> list[Path]:

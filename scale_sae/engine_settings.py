@@ -103,10 +103,15 @@ def _checked(settings: dict[str, Any], where: str) -> dict[str, Any]:
     for key in ("offload_param", "round_robin_gradients", "parameter_alignment", "zenflow"):
         if zero.get(key):
             raise UserError(f"topology.deepspeed: {where}: zero_optimization.{key} is not supported; remove it")
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    offload = zero.get("offload_optimizer") or {}
+    device = offload.get("device", "none") if isinstance(offload, dict) else offload
     if device not in ("none", "cpu"):
         raise UserError(
             f"topology.deepspeed: {where}: zero_optimization.offload_optimizer.device: {device!r} must be cpu or none"
+        )
+    if not isinstance(offload, dict):
+        raise UserError(
+            f'topology.deepspeed: {where}: zero_optimization.offload_optimizer: write {{"device": {offload!r}}}'
         )
     return settings
 

@@ -4,7 +4,7 @@ An engine runs the SAE's step on whole parameters and leaves gradients beside ``
 optimizer updates. So clipping, guard and Adam are one code path, whatever the engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 import torch
@@ -106,7 +106,7 @@ class FSDP2Engine(LocalEngine):
         except BaseException:
             self.step.reshard()  # type: ignore[operator]
             raise
-        self._keep_changes()
+        self._keep_changes(self.sae.changed_in_step)
         output = self.step.take_output()
         output.loss = loss
         return output
@@ -127,14 +127,14 @@ class FSDP2Engine(LocalEngine):
         self.step.unshard()  # type: ignore[operator]
         try:
             yield
-            self._keep_changes()
+            self._keep_changes(None)
         finally:
             self.step.reshard()  # type: ignore[operator]
 
     @torch.no_grad()
-    def _keep_changes(self) -> None:
-        """Takes what the SAE changed in place (a JumpReLU clamps its thresholds) over from the gathered parameters."""
-        for name in self.divided:
+    def _keep_changes(self, names: Set[str] | None) -> None:
+        """Takes what the SAE changed in place, in parameters of these names or (None) any, over from the gathered."""
+        for name in self.divided if names is None else self.divided & names:
             self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scale_sae.collectives import Ranks
 from scale_sae.config import LoggingConfig
+from scale_sae.errors import UserError
 
 
 def explained_variance(target: Tensor, output: Tensor, n_rows: int, dp: Ranks) -> Tensor:
@@ -70,9 +71,12 @@ class MetricsWriter:
 
     def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Logs one record per SAE at ``step`` (steps done so far)."""
-        for record in records:
-            self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            for record in records:
+                self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"output_dir: {self.file.name} cannot be written: {error.strerror}; make room") from error
         self.bar.set_postfix(_summary(records))
         if self.wandb is not None:
             values = {

@@ -155,9 +155,9 @@ class Optimizer:
         Summed in order: ranks whose norms differed in the last bit would clip what is replicated differently.
         """
         replicated = self.parameters.keys() & self.sae.replicated
-        divided = self.engine.divided - self.engine.updated_elsewhere
         of_shard = self._squares(self.parameters.keys() - replicated - self.engine.divided)
-        of_shard += self.shard.dp.sum_in_order(self._squares(divided))
+        if divided := self.engine.divided - self.engine.updated_elsewhere:
+            of_shard += self.shard.dp.sum_in_order(self._squares(divided))
         squares = self.shard.sum_in_order(of_shard) + self._squares(replicated)
         return (squares if elsewhere is None else squares + elsewhere.square()).sqrt()
 

@@ -112,9 +112,9 @@ class HostMemory:
         return target
 
     def wait(self) -> None:
-        """Returns when every copy is done."""
+        """Returns when every copy is done. Other streams go on: receives of the next rows may wait there for long."""
         if any(held.is_pinned() for held in self.held.values()):
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
 
 @dataclass(frozen=True)

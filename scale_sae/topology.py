@@ -6,7 +6,7 @@ are a (dp, tp) grid in row-major order, inside an LM replica they are its tp ran
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,7 +240,7 @@ def gpus_of_ranks(topology: TopologyConfig, ranks: Sequence[int], gpus: int) -> 
     if spare < n_lm:
         raise UserError(
             f"topology.lm.parallel: device_map needs a GPU for each of {n_sae} SAE ranks and at least one for each of "
-            f"{n_lm} LM ranks, but a machine has {gpus}; start fewer processes per machine"
+            f"{n_lm} LM ranks, but a machine has {gpus}; use more machines, or lower topology.lm.dp or topology.sae"
         )
     share = spare // n_lm if lm.devices_per_rank is None else lm.devices_per_rank
     if share * n_lm > spare:
@@ -322,19 +322,10 @@ def build(
     assert control is not None
     sae_control = group(plan.sae_ranks, "gloo")
     checkpoint_control = group(plan.sae_ranks, "gloo")
-    shard, dp, dp_mesh = Shard(), ALONE, None
-    for sae_group in plan.groups:
-        for p in range(sae_group.dp):
-            ranks = sae_group.ranks[p * sae_group.tp : (p + 1) * sae_group.tp]
-            handle = group(ranks, backend)
-            if handle is not None:
-                shard = Shard(ranks.index(rank), len(ranks), handle)
-        for t in range(sae_group.tp if plan.engine != "local" else 0):
-            ranks = sae_group.ranks[t :: sae_group.tp]
-            handle = group(ranks, backend)
-            if handle is not None:
-                dp = Ranks(ranks.index(rank), len(ranks), handle)
-                dp_mesh = DeviceMesh.from_group(handle, device.type) if plan.engine == "fsdp2" else None
+    shard = _shard(plan, rank, lambda ranks: group(ranks, backend))
+    dp_mesh = None
+    if plan.engine == "fsdp2" and shard.dp.group is not None:
+        dp_mesh = DeviceMesh.from_group(shard.dp.group, device.type)
     lm_mesh, lm_control = None, None
     if not plan.colocated:
         for ranks in plan.lm:
@@ -358,7 +349,7 @@ def build(
         sae_control=sae_control,
         checkpoint_control=checkpoint_control,
         group=plan.group_of(rank),
-        shard=replace(shard, dp=dp),
+        shard=shard,
         dp_mesh=dp_mesh,
         deepspeed=deepspeed,
         lm_mesh=lm_mesh,
@@ -366,6 +357,23 @@ def build(
         data=data,
         header=header,
     )
+
+
+def _shard(plan: Plan, rank: int, group: Callable[[Sequence[int]], dist.ProcessGroup | None]) -> Shard:
+    """This rank's place among tp and dp ranks, from the groups of both of every SAE group, which ``group`` makes."""
+    shard, dp = Shard(), ALONE
+    for sae_group in plan.groups:
+        for p in range(sae_group.dp):
+            ranks = sae_group.ranks[p * sae_group.tp : (p + 1) * sae_group.tp]
+            handle = group(ranks)
+            if handle is not None:
+                shard = Shard(ranks.index(rank), len(ranks), handle)
+        for t in range(sae_group.tp if plan.engine != "local" else 0):
+            ranks = sae_group.ranks[t :: sae_group.tp]
+            handle = group(ranks)
+            if handle is not None:
+                dp = Ranks(ranks.index(rank), len(ranks), handle)
+    return replace(shard, dp=dp)
 
 
 def _wires(plan: Plan) -> dict[tuple[int, int], tuple[int, ...]]:

@@ -13,8 +13,9 @@ place the gradients are clipped by the norm over everything, and an update that 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from scale_sae.collectives import Shard
 from scale_sae.engines import LocalEngine, Step
+from scale_sae.errors import UserError
 from scale_sae.optim import Optimizer, Update, adam_of
 from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
 
@@ -56,13 +58,19 @@ class DeepSpeedEngine(LocalEngine):
         for name in names:
             sae.get_parameter(name).tensor_model_parallel = True  # type: ignore[attr-defined]  # for the norm
         self.adam = adam_of([[sae.get_parameter(name)] for name in names], train)
-        self.model, self.zero, _, _ = deepspeed.initialize(
-            model=Step(sae),
-            optimizer=self.adam,
-            mpu=Grid(sae.shard),
-            dist_init_required=False,
-            config=_config(settings),
-        )
+        try:
+            self.model, self.zero, _, _ = deepspeed.initialize(
+                # Its device, which it would otherwise take to be the one of the local rank's number.
+                args=SimpleNamespace(device_rank=sae.b_dec.device.index or 0),
+                model=Step(sae),
+                optimizer=self.adam,
+                mpu=Grid(sae.shard),
+                dist_init_required=False,
+                config=_config(settings),
+            )
+        except (ValueError, AssertionError) as error:
+            lines = " ".join(str(error).split())
+            raise UserError(f"topology.deepspeed: DeepSpeed refuses the settings: {lines}") from error
         # From here on, the groups hold this rank's parts.
         self.parts = {name: group["params"][0] for name, group in zip(names, self.adam.param_groups, strict=True)}
         for name, part in self.parts.items():
@@ -72,22 +80,21 @@ class DeepSpeedEngine(LocalEngine):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         loss = self.model(step_input)
-        self._keep_changes()
+        self._keep_changes(self.sae.changed_in_step)
         output = self.model.module.take_output()
         output.loss = loss
         return output
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
-        for name in self.parameters.keys() - self.divided:
-            parameter = self.parameters[name]
-            if parameter.grad is not None:
+        for name, parameter in self.parameters.items():  # in one order on all ranks
+            if name not in self.divided and parameter.grad is not None:
                 parameter.grad = self.dp.sum_in_order(parameter.grad)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         yield
-        self._keep_changes()
+        self._keep_changes(None)
 
     @torch.no_grad()
     def fill(self, other: TrainingSAE) -> None:
@@ -99,9 +106,9 @@ class DeepSpeedEngine(LocalEngine):
         return {name: self.sae.get_parameter(name).data for name in self.divided}
 
     @torch.no_grad()
-    def _keep_changes(self) -> None:
-        """Takes what the SAE changed in place (a JumpReLU clamps its thresholds) over to the parts."""
-        for name in self.divided:
+    def _keep_changes(self, names: Set[str] | None) -> None:
+        """Takes what the SAE changed in place, in parameters of these names or (None) any, over to the parts."""
+        for name in self.divided if names is None else self.divided & names:
             self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
 
 
@@ -123,7 +130,10 @@ class ZeroOptimizer(Optimizer):
         def before(adam: Any, args: Any, kwargs: Any) -> None:
             """At the first part, DeepSpeed knows the norm over all that it has."""
             if not planned:
-                planned.append(self._planned(self._gradient_norm(self.engine.zero._global_grad_norm), loss, rate))
+                norm = self.engine.zero._global_grad_norm
+                # Each dp rank has it from a tp group of its own, which may have added in another order.
+                norm = self.engine.dp.all_gather(torch.as_tensor(norm, device=loss.device))[0]
+                planned.append(self._planned(self._gradient_norm(norm), loss, rate))
             planned[0].prepare(adam)
 
         hook = self.engine.adam.register_step_pre_hook(before)
@@ -171,10 +181,12 @@ class Grid:
 def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The user's settings, and those that the run decides."""
     return {
+        **settings,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
-        **settings,
+        # It would wait for all that the device has to do, twice a step.
+        "timers": {"throughput": {"enabled": False}},
         # Of a "sample" DeepSpeed only counts; a step here is one call.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -188,6 +200,7 @@ def _deepspeed(device: torch.device) -> Any:
     """The library, made to talk over the process groups that `topology.build` has made."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take a GPU that the run was told to leave alone
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asks for; a process without a launcher has none
     import deepspeed  # here, because it is slow, and not for the other engines
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -217,6 +217,17 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 
 
+def test_what_cannot_be_pruned_stays(tmp_path: Path) -> None:
+    """Deleting a marker in what is no folder is an error of the file system, as on a disk that another user's are on."""
+    for step in (1, 2, 3):
+        write(tmp_path, step, [])
+    stuck = tmp_path / "checkpoints" / "step_00000000"
+    stuck.write_text("")
+    checkpoint.prune(tmp_path, 1)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000000", "step_00000003"]
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 9, [], {"attempt": 1})
     saved = write(tmp_path, 9, [12], {"attempt": 2})

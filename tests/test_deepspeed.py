@@ -14,6 +14,7 @@ from saes_for_tests import shard_in_grid
 from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
 from scale_sae.engines import LocalEngine
+from scale_sae.errors import UserError
 from scale_sae.optim import Optimizer
 from scale_sae.saes import TrainStepInput, create, training_config
 from scale_sae.saes.base import TrainingSAE
@@ -208,6 +209,17 @@ def test_updates_are_those_of_the_local_engine(stage: str, dp: int, tp: int) -> 
         for name, tensor in expected.items():
             part = tensor[own] if tensor.dim() and len(tensor) == D_SAE else tensor
             torch.testing.assert_close(found[name], part, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
+
+
+def test_settings_that_deepspeed_refuses() -> None:
+    def worker(rank: int, world: int) -> str:
+        settings = {"zero_optimization": {"stage": 1, "no_such_key": 1}}
+        with pytest.raises(UserError) as error:
+            DeepSpeedEngine(jumprelu(shard_in_grid(rank, 1, 1)), settings, TrainConfig())
+        return str(error.value)
+
+    (said,) = run_ranks(1, worker)
+    assert said.startswith("topology.deepspeed: ") and "no_such_key" in said and "\n" not in said
 
 
 @pytest.mark.parametrize(("stage", "dp", "tp"), [("zero1", 2, 2), ("zero1", 4, 1), ("zero2", 4, 1)])

@@ -87,6 +87,7 @@ def test_a_file_for_another_engine() -> None:
         ('{"zero_optimization": {"stage": 1}, "bf16": {"enabled": true}}', "bf16 is set by dtype of each SAE"),
         ('{"zero_optimization": {"stage": 1, "round_robin_gradients": true}}', "round_robin_gradients is not support"),
         ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}', "'nvme' must be cpu or none"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "write {\"device\": 'cpu'}"),
     ],
 )
 def test_files_that_are_refused(text: str | None, said: str, tmp_path: Path) -> None:

@@ -34,14 +34,16 @@ def test_accelerate_reads_every_config(path: Path) -> None:
 def config_of(folder: Path, **topology: Any) -> Path:
     config = runs.tiny_config(
         folder,
-        saes=[{"d_sae": 256, "k": 8}],
+        # Two parameters that dp ranks do not divide, in processes whose strings hash differently.
+        hookpoints=["model.layers.0"],
+        saes=[{"architecture": "batchtopk_skip_transcoder", "hookpoint_out": "model.layers.1", "d_sae": 256, "k": 8}],
         train={"training_tokens": 20 * 128, "train_batch_size_tokens": 128},
         topology={"lm": "colocated", "sae": {"dp": 2}, **topology},
     )
     return runs.write_config(folder, config)
 
 
-def test_deepspeed_as_accelerate_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_as_accelerate_starts_it(tmp_path: Path) -> None:
     # The file names the JSON from the root of the repository, which is where its launch line is to be typed.
     (tmp_path / "launch").symlink_to(runs.ROOT / "launch")
     code, output = runs.finish(runs.launch(config_of(tmp_path, engine="deepspeed"), 2, options=DEEPSPEED))

@@ -124,7 +124,7 @@ def test_gpus_of_ranks(topology: TopologyConfig, ranks: range, gpus: int, expect
         (spread(2, 1, 7), range(3), 8, "devices_per_rank: 7 for each of 1 LM .* are 9 GPUs, .* has 8; .* at most 6$"),
         (spread(4, 2, 3), range(6), 8, "devices_per_rank: 3 for each of 2 LM .* are 10 GPUs, .* has 8; .* at most 2$"),
         (spread(7, 2), range(9), 8, "parallel: device_map needs a GPU for each of 7 SAE ranks .* each of 2 LM ranks"),
-        (spread(1, 1), range(2), 1, "a machine has 1; start fewer processes per machine$"),
+        (spread(1, 1), range(2), 1, "a machine has 1; use more machines, or lower topology.lm.dp or topology.sae$"),
     ],
 )
 def test_too_few_gpus(topology: TopologyConfig, ranks: range, gpus: int, message: str) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 1 << 30
-# Of the RAM that is free, the share that weights may take.
-RAM_SHARE = 0.9
+# Of the memory that is free, the share that weights may take: activations need some too.
+SHARE = 0.9
 
 # Bytes of weights that each device holds at most: GPUs by their numbers, and "cpu".
 MaxMemory = dict[int | str, int]
@@ -32,13 +32,13 @@ def max_memory(devices: Sequence[torch.device], limit_gib: float | None, process
     """
     import psutil  # type: ignore[import-untyped]
 
-    ram = int(psutil.virtual_memory().available * RAM_SHARE / processes)
+    ram = int(psutil.virtual_memory().available * SHARE / processes)
     limit = None if limit_gib is None else int(limit_gib * GIB)
     if devices[0].type == "cpu":
         return {"cpu": ram if limit is None else min(ram, limit)}
     found: MaxMemory = {}
     for device in devices:
-        free = torch.cuda.mem_get_info(device)[0]
+        free = int(torch.cuda.mem_get_info(device)[0] * SHARE)
         found[device.index] = free if limit is None else min(free, limit)
     return {**found, "cpu": ram}
 

@@ -199,10 +199,13 @@ class TrainingSAE(nn.Module, ABC):
         W_dec: ``[n_local, d_out]``.
         b_dec: ``[d_out]``, the same on every shard.
         replicated: names of the parameters and buffers that are whole on every shard; all others are per latent.
+        changed_in_step: names of the parameters that ``training_forward_pass`` itself changes in place; None: any may
+            be, and with dp ranks all are copied after each forward pass.
     """
 
     cfg: Any  # of the architecture's own config class
     replicated: ClassVar[frozenset[str]] = frozenset({"b_dec"})
+    changed_in_step: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         """Weights are 0 until ``initialize`` or a checkpoint fills them. UserError if d_sae cannot be split evenly."""

@@ -1,7 +1,7 @@
 """Gated SAEs: one encoder, whose gate and magnitudes have biases of their own (Rajamanoharan et al. 2024)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class GatedTrainingSAE(TrainingSAE):
         b_gate, b_mag: ``[n_local]``, biases of the gate and of the magnitudes.
         r_mag: ``[n_local]``, log of the magnitudes' factor over the gate's encoder rows.
     """
+
+    changed_in_step: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)

@@ -1,7 +1,7 @@
 """JumpReLU SAEs: each latent has a threshold of its own, trained by straight-through estimators."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class JumpReLUTrainingSAE(TrainingSAE):
     Attributes:
         threshold: ``[n_local]``, at least float32: steps of the learning rate are lost on it in bfloat16.
     """
+
+    changed_in_step: ClassVar[frozenset[str] | None] = frozenset({"threshold"})
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)

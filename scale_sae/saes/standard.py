@@ -1,7 +1,7 @@
 """Standard SAEs: ReLU with an L1 penalty on the activations."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ def coefficient_problems(cfg: Any, coefficient: str, warm_up_steps: str) -> dict
 
 class StandardTrainingSAE(TrainingSAE):
     """SAELens's standard SAE: the penalty is the p-norm, per row, of the activations times their decoder norms."""
+
+    changed_in_step: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ class TopKTrainingSAE(TrainingSAE):
     The reconstruction may come in levels, prefixes of the latents that nest: one for TopK, several for Matryoshka SAEs.
     A subclass that replaces one of ``DENSE_HOOKS`` is trained on dense activations.
     """
+
+    changed_in_step: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
