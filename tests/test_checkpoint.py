@@ -218,7 +218,7 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_pruned_stays(tmp_path: Path) -> None:
-    """Deleting a marker in what is no folder is an error of the file system, as on a disk that another user's are on."""
+    """A marker in what is no folder cannot be deleted, nor can one of another user."""
     for step in (1, 2, 3):
         write(tmp_path, step, [])
     stuck = tmp_path / "checkpoints" / "step_00000000"
