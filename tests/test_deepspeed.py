@@ -115,9 +115,10 @@ def test_the_difference_is_that_of_a_changed_order_of_sums(name: str, made: Runs
     assert max(largest["ours"].values()) <= 3 * max(largest["tp=4"].values())
 
 
-CYCLE = [name for name in TOPOLOGIES if name != "tp=1"]
+ENGINES = [name for name in TOPOLOGIES if name != "tp=1"]
+CYCLE = [name for name in ENGINES if name != "fsdp2, dp=4"]
 IN_TURN = list(zip(CYCLE, [*CYCLE[1:], CYCLE[0]], strict=True))
-OTHERS = [(a, b) for a in CYCLE for b in CYCLE if a != b and (a, b) not in IN_TURN]
+OTHERS = [(a, b) for a in ENGINES for b in ENGINES if a != b and (a, b) not in IN_TURN]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,9 @@ def test_updates_are_those_of_the_local_engine(stage: str, dp: int, tp: int) -> 
         torch.testing.assert_close(found_norms[kept], norms[kept], rtol=1e-5, atol=0)
         for name, tensor in expected.items():
             part = tensor[own] if tensor.dim() and len(tensor) == D_SAE else tensor
-            torch.testing.assert_close(found[name], part, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
+            torch.testing.assert_close(
+                found[name], part, rtol=0, atol=2e-5 * float(tensor.detach().abs().max()), msg=name
+            )
 
 
 def test_settings_that_deepspeed_refuses() -> None:
@@ -222,7 +225,7 @@ def test_settings_that_deepspeed_refuses() -> None:
     assert said.startswith("topology.deepspeed: ") and "no_such_key" in said and "\n" not in said
 
 
-@pytest.mark.parametrize(("stage", "dp", "tp"), [("zero1", 2, 2), ("zero1", 4, 1), ("zero2", 4, 1)])
+@pytest.mark.parametrize(("stage", "dp", "tp"), [("zero1", 2, 2), ("zero2", 4, 1)])
 def test_the_state_is_divided(stage: str, dp: int, tp: int) -> None:
     """Per rank, float32: a shard's parameters once, a dp-th of them again with two moments; b_dec with its moments."""
     d_in, d_sae = 32, 4096

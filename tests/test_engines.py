@@ -117,7 +117,7 @@ def metrics(run: Path) -> dict[str, Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-SLOW = ("local, tp=4, LM tp=1", "fsdp2, dp=4")
+SLOW = ("local, tp=4, LM tp=1", "fsdp2, dp=4", "fsdp2, dp=2, tp=2, LM tp=1, dp=2")
 
 
 @pytest.mark.parametrize(

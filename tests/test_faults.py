@@ -218,7 +218,8 @@ def launch_on_two_machines(config: Path, world: int, *options: str) -> list[subp
     ]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [8])
 def test_two_launchers_restart_lost_ranks(kills: int, tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     """Whichever machine loses a rank, at whatever moment, both launchers start their ranks again, and these meet."""
     machines = launch_on_two_machines(often(tmp_path), 4, "--max_restarts", str(kills))

@@ -195,8 +195,10 @@ def failing(rank_that_fails: int, step_that_fails: int, error: Exception) -> Cal
     return prepare
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("step", [40, 60])
+@pytest.mark.parametrize(
+    ("step", "failing_rank"),
+    [(40, 0), (60, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((40, 1), (60, 0)))],
+)
 def test_a_writer_that_fails_ends_the_run_with_one_line(
     tmp_path: Path, waited: Path, failing_rank: int, step: int
 ) -> None:

@@ -72,7 +72,14 @@ def test_sigkill_then_the_same_command(tmp_path: Path, uninterrupted: dict[str, 
     assert steps == sorted(steps) and len(steps) == len(set(steps)) * 2  # two SAEs, no step twice
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to an SAE rank", "SIGTERM to an LM rank", "stop file"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM to an SAE rank",
+        pytest.param("SIGTERM to an LM rank", marks=pytest.mark.slow),
+        pytest.param("stop file", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_checkpoints_and_exits_0(how: str, tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     config = long_config(tmp_path)
     process = runs.launch(config, 4)
@@ -94,6 +101,7 @@ def test_a_stop_checkpoints_and_exits_0(how: str, tmp_path: Path, uninterrupted:
         check_same_release(tmp_path / "run", tmp_path / "release", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_left_out(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     config = long_config(tmp_path)
     process = runs.launch(config, 4)
@@ -112,7 +120,13 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path: Path, uninterrupted: dict[st
     check_same_release(tmp_path / "run", tmp_path / "release", uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SAE tp=4", "colocated tp=1", "colocated groups=2, tp=2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SAE tp=4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("colocated tp=1", "colocated groups=2, tp=2")),
+    ],
+)
 def test_resume_on_another_topology(name: str, tmp_path: Path) -> None:
     """A tp=2 checkpoint at step 30 goes on elsewhere; float64, so 1e-9 tells a wrong row from a changed sum."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
