@@ -45,6 +45,19 @@ class RandomRows:
         """Nothing is held."""
 
 
+def trainer_of(
+    run: config.RunConfig, rank: int, device: torch.device, backend: str, store: dist.Store
+) -> tuple[Trainer, RandomRows]:
+    """This rank's trainer of a colocated run, and random rows in chunks of one batch."""
+    widths, specs = resolve(run)
+    planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
+    place = topology.build(planned, rank, device, backend, store)
+    sizes = schedule(run, 1)
+    sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
+    trainer = Trainer(run, specs, widths, sizes, place, getattr(torch, run.model.dtype))
+    return trainer, RandomRows(trainer, sizes.batch)
+
+
 def phase(trainer: Trainer, stream: RandomRows, steps: int, every: int | None, wait: bool) -> dict[str, Any]:
     """Trains ``steps`` steps; their rate and the seconds for which each checkpoint kept training from going on."""
     device, stalls = trainer.topology.device, []
@@ -79,14 +92,7 @@ def main(config_path: str, every: int, steps: int, folder: str, overrides: dict[
     tokens = {"train.training_tokens": 10**12, "output_dir": made[0], "checkpoint.every_steps": every}
     run = config.load(config_path, {"topology.lm": "colocated", **overrides, **tokens})
     topology.check_world_size(run.topology, world_size, config_path)
-    widths, specs = resolve(run)
-    planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
-    place = topology.build(planned, rank, device, backend, store)
-    # Random rows come in chunks of one batch.
-    sizes = schedule(run, 1)
-    sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
-    trainer = Trainer(run, specs, widths, sizes, place, getattr(torch, run.model.dtype))
-    stream = RandomRows(trainer, sizes.batch)
+    trainer, stream = trainer_of(run, rank, device, backend, store)
     try:
         phase(trainer, stream, steps, every, wait=False)  # also makes the memory for the copies
         found = {

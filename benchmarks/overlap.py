@@ -22,11 +22,9 @@ from typing import Any
 import fire
 import torch
 import torch.distributed as dist
-from checkpointing import RandomRows
+from checkpointing import RandomRows, trainer_of
 
 from scale_sae import config, topology
-from scale_sae.activations.schedule import schedule
-from scale_sae.jobs import resolve
 from scale_sae.trainer import Trainer
 
 
@@ -66,14 +64,8 @@ def main(path: str, saes: int, steps: int, pairs: int, overrides: dict[str, Any]
         run["hookpoints"] = run["hookpoints"][:1]
         run["saes"] = [{**run["saes"][0], "name": f"s{number}", "hookpoints": None} for number in range(saes)]
         made = config.from_dict(run)
-        widths, specs = resolve(made)
-        planned = topology.plan(made.topology, [spec.planned for spec in specs], made.buffer.lanes)
-        place = topology.build(planned, rank, device, backend, store)
-        # Random rows come in chunks of one batch.
-        sizes = schedule(made, 1)
-        sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
-        trainer = Trainer(made, specs, widths, sizes, place, getattr(torch, made.model.dtype))
-        stream, in_turns = RandomRows(trainer, sizes.batch), trainer.interleaver.run
+        trainer, stream = trainer_of(made, rank, device, backend, store)
+        in_turns = trainer.interleaver.run
         times: dict[str, list[tuple[float, float]]] = {"in turns": [], "one by one": []}
         block(trainer, stream, 3)
         for _ in range(pairs):

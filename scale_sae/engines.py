@@ -62,7 +62,28 @@ class LocalEngine:
         return tensor[self.own] if len(tensor) == self.sae.n_local else tensor
 
 
-class FSDP2Engine(LocalEngine):
+class DividingEngine(LocalEngine):
+    """What the engines share whose dp ranks divide the rows of the shard: equal, contiguous parts in rank order."""
+
+    def __init__(self, sae: TrainingSAE):
+        super().__init__(sae)
+        self.dp = sae.shard.dp
+        rows = sae.n_local // self.dp.size
+        assert rows * self.dp.size == sae.n_local, f"{sae.n_local} latents over {self.dp.size} dp ranks"
+        self.own = slice(self.dp.rank * rows, (self.dp.rank + 1) * rows)
+        # The others are small: what is replicated over tp, and what libraries do not mix with the SAE's dtype.
+        self.divided = frozenset(
+            name for name, p in self.parameters.items() if name not in sae.replicated and p.dtype == sae.dtype
+        )
+
+    @torch.no_grad()
+    def _keep_changes(self, names: Set[str] | None) -> None:
+        """Takes what the SAE changed in place, in whole parameters of these names or (None) any, over to the parts."""
+        for name in self.divided if names is None else self.divided & names:
+            self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
+
+
+class FSDP2Engine(DividingEngine):
     """torch's ``fully_shard`` over the dp ranks, which divide the rows of parameters, gradients and Adam state.
 
     Replicated parameters stay whole on every dp rank, and so do those of another dtype than the SAE's (a JumpReLU's
@@ -77,13 +98,6 @@ class FSDP2Engine(LocalEngine):
             mesh: one-dimensional, the ranks of ``sae.shard.dp``.
         """
         super().__init__(sae)
-        self.dp = sae.shard.dp
-        rows = sae.n_local // self.dp.size
-        assert rows * self.dp.size == sae.n_local, f"{sae.n_local} latents over {self.dp.size} dp ranks"
-        self.own = slice(self.dp.rank * rows, (self.dp.rank + 1) * rows)
-        self.divided = frozenset(
-            name for name, p in self.parameters.items() if name not in sae.replicated and p.dtype == sae.dtype
-        )
         self.step = Step(sae)
         fully_shard(
             self.step,
@@ -130,12 +144,6 @@ class FSDP2Engine(LocalEngine):
             self._keep_changes(None)
         finally:
             self.step.reshard()  # type: ignore[operator]
-
-    @torch.no_grad()
-    def _keep_changes(self, names: Set[str] | None) -> None:
-        """Takes what the SAE changed in place, in parameters of these names or (None) any, over from the gathered."""
-        for name in self.divided if names is None else self.divided & names:
-            self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
 
 
 class Step(nn.Module):

@@ -57,7 +57,7 @@ class Heartbeat:
         self.world_size = world_size
         # torch's launcher gives the processes of one machine consecutive ranks.
         first = rank - local_rank
-        self.beside = set(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) - {rank}
+        self.beside = set(range(first, first + topology.local_world_size())) - {rank}
         self.machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         self.pids: dict[int, int] = {}
         # key → its value when last read, and for how many beats it has been that

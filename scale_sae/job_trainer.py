@@ -43,9 +43,9 @@ class JobTrainer:
         dp_mesh: DeviceMesh | None = None,
         deepspeed: Mapping[str, Any] | None = None,
     ):
-        """``dp_mesh``, of the ranks of ``shard.dp``, is for the engine fsdp2, ``deepspeed`` holds that one's settings.
+        """``dp_mesh``, of the ranks of ``shard.dp``, makes the engine fsdp2; ``deepspeed``, its settings, deepspeed.
 
-        With neither, the engine is local.
+        With neither, it is local.
         """
         self.spec = spec
         self.shard = shard

@@ -13,7 +13,7 @@ place the gradients are clipped by the norm over everything, and an update that 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_sae.collectives import Shard
-from scale_sae.engines import LocalEngine, Step
+from scale_sae.engines import DividingEngine, Step
 from scale_sae.errors import UserError
 from scale_sae.optim import Optimizer, Update, adam_of
 from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # reading config files needs more than torch
     from scale_sae.config import TrainConfig
 
 
-class DeepSpeedEngine(LocalEngine):
+class DeepSpeedEngine(DividingEngine):
     """DeepSpeed's ZeRO over the dp ranks; the attributes are those of `LocalEngine`.
 
     Every rank of the SAE's group makes one at the same time. ``parameters`` holds views of the float32 copies for what
@@ -49,12 +49,9 @@ class DeepSpeedEngine(LocalEngine):
         """
         super().__init__(sae)
         deepspeed = _deepspeed(sae.b_dec.device)
-        self.dp = sae.shard.dp
-        rows = sae.n_local // self.dp.size
-        assert rows * self.dp.size == sae.n_local and rows % 2 == 0, f"{sae.n_local} latents over {self.dp.size} ranks"
-        self.own = slice(self.dp.rank * rows, (self.dp.rank + 1) * rows)
-        names = [name for name, p in self.parameters.items() if name not in sae.replicated and p.dtype == torch.float32]
-        self.divided = self.updated_elsewhere = frozenset(names)
+        assert (self.own.stop - self.own.start) % 2 == 0, f"{sae.n_local} latents over {self.dp.size} ranks"
+        self.updated_elsewhere = self.divided
+        names = [name for name in self.parameters if name in self.divided]
         for name in names:
             sae.get_parameter(name).tensor_model_parallel = True  # type: ignore[attr-defined]  # for the norm
         self.adam = adam_of([[sae.get_parameter(name)] for name in names], train)
@@ -76,7 +73,7 @@ class DeepSpeedEngine(LocalEngine):
         for name, part in self.parts.items():
             whole = sae.get_parameter(name)
             assert part.numel() * self.dp.size == whole.numel(), f"{name}: DeepSpeed has filled up its parts"
-            self.parameters[name] = part.detach().view(rows, *whole.shape[1:])
+            self.parameters[name] = part.detach().view(-1, *whole.shape[1:])
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         loss = self.model(step_input)
@@ -104,12 +101,6 @@ class DeepSpeedEngine(LocalEngine):
 
     def followers(self) -> dict[str, Tensor]:
         return {name: self.sae.get_parameter(name).data for name in self.divided}
-
-    @torch.no_grad()
-    def _keep_changes(self, names: Set[str] | None) -> None:
-        """Takes what the SAE changed in place, in parameters of these names or (None) any, over to the parts."""
-        for name in self.divided if names is None else self.divided & names:
-            self.parameters[name].copy_(self.sae.get_parameter(name)[self.own])
 
 
 class ZeroOptimizer(Optimizer):

@@ -19,7 +19,7 @@ from scale_sae.optim import Optimizer
 from scale_sae.saes import TrainStepInput, create, training_config
 from scale_sae.saes.base import TrainingSAE
 from scale_sae.zero import DeepSpeedEngine, ZeroOptimizer
-from test_engines import BATCH, HOOKPOINT, STEPS, living_bytes
+from test_engines import Runs, living_bytes
 
 ZERO = {stage: str(runs.ROOT / f"launch/deepspeed/{stage}.json") for stage in ("zero1", "zero2", "zero2_offload")}
 
@@ -44,42 +44,9 @@ SAES: list[dict[str, Any]] = [
 ]
 
 
-class Runs:
-    """Runs of this module's config, each made once."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def of(self, name: str) -> Path:
-        return self.make(name, name)
-
-    def resumed(self, first: str, then: str) -> Path:
-        """A run under ``then`` from the checkpoint in the middle of that under ``first``."""
-        half = self.of(first) / f"checkpoints/step_{STEPS // 2:08d}"
-        return self.make(f"{first}, then {then}", then, resume=str(half))
-
-    def make(self, key: str, topology: str, **changes: Any) -> Path:
-        folder = self.folder / key.replace(" ", "_")
-        if not folder.exists():
-            folder.mkdir()
-            section, world = TOPOLOGIES[topology]
-            config = runs.tiny_config(
-                self.folder,
-                output_dir=str(folder / "run"),
-                hookpoints=[HOOKPOINT],
-                saes=SAES,
-                train={"training_tokens": STEPS * BATCH, "train_batch_size_tokens": BATCH, "lr": 1e-3},
-                checkpoint={"every_steps": STEPS // 2},
-                topology=section,
-                **changes,
-            )
-            runs.forked_run(runs.write_config(folder, config), world)
-        return folder / "run"
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("deepspeed"))
+    return Runs(tmp_path_factory.mktemp("deepspeed"), TOPOLOGIES, SAES)
 
 
 def distances(a: Path, b: Path, order: float = 2) -> dict[str, float]:

@@ -68,10 +68,12 @@ SAES: list[dict[str, Any]] = [
 
 
 class Runs:
-    """Runs of this module's config, each made once."""
+    """Runs of the same SAEs on several topologies, each made once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, topologies: dict[str, tuple[dict[str, Any], int]], saes: list[dict[str, Any]]):
         self.folder = folder
+        self.topologies = topologies
+        self.saes = saes
 
     def of(self, name: str) -> Path:
         return self.make(name, name)
@@ -85,12 +87,12 @@ class Runs:
         folder = self.folder / key.replace(" ", "_")
         if not folder.exists():
             folder.mkdir()
-            section, world = TOPOLOGIES[topology]
+            section, world = self.topologies[topology]
             config = runs.tiny_config(
                 self.folder,
                 output_dir=str(folder / "run"),
                 hookpoints=[HOOKPOINT],
-                saes=SAES,
+                saes=self.saes,
                 train={"training_tokens": STEPS * BATCH, "train_batch_size_tokens": BATCH, "lr": 1e-3},
                 checkpoint={"every_steps": STEPS // 2},
                 topology=section,
@@ -102,7 +104,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("engines"))
+    return Runs(tmp_path_factory.mktemp("engines"), TOPOLOGIES, SAES)
 
 
 def metrics(run: Path) -> dict[str, Tensor]:
