@@ -129,7 +129,7 @@ def validate(config: RunConfig) -> None:
 
 _POSITIVE = {
     "data": ("context_size", "chunk_contexts"),
-    "topology": ("sae.groups", "sae.dp", "sae.tp", "lm.tp", "lm.dp"),
+    "topology": ("sae.groups", "sae.dp", "sae.tp", "lm.tp", "lm.dp", "pre_activation_mib"),
     "train": ("training_tokens", "train_batch_size_tokens"),
     "buffer": ("tokens", "lanes"),
     "checkpoint": ("every_steps", "keep"),
@@ -176,6 +176,9 @@ def _check_device_map(lm: LMTopology) -> None:
 def _check_topology(config: RunConfig) -> None:
     topology, buffer = config.topology, config.buffer
     _check_device_map(topology.lm)
+    if topology.lm.parallel == "device_map":
+        remedy = "does not go with topology.lm.parallel: device_map; set it to false"
+        require(not config.model.compile, "model.compile", config.model.compile, remedy)
     if topology.engine == "local":
         remedy = "needs topology.engine: fsdp2 or deepspeed; local is for 1"
         require(topology.sae.dp == 1, "topology.sae.dp", topology.sae.dp, remedy)

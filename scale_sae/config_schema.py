@@ -27,6 +27,8 @@ class ModelConfig:
     revision: str | None = None
     # Whether code that comes with the model may run.
     trust_remote_code: bool = False
+    # Run the model through torch.compile: slower first chunks, then faster ones. It rounds otherwise in the last bits.
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of the stream and the optimizer. All but the first two keys may also stand in an entry of ``saes``."""
+    """The length of the stream and the optimizer. All but ``STREAM_KEYS`` may also stand in an entry of ``saes``."""
 
     # Activations (tokens that are kept) that every SAE is trained on.
     training_tokens: int = 2_000_000
@@ -90,9 +92,15 @@ class TrainConfig:
     dead_feature_window_tokens: int = 1_000_000
     # Steps over which firing frequencies are counted before they start anew.
     feature_sampling_window: int = 2000
+    # Of Adam's moments of W_enc and W_dec. bfloat16 halves their memory and is rounded stochastically.
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Whether NVIDIA GPUs multiply float32 matrices in TF32: several times faster, with 10 bits after the point, not 23.
+    # Of the whole process, the language model too.
+    allow_tf32: bool = False
 
 
-STREAM_KEYS = frozenset({"training_tokens", "train_batch_size_tokens"})
+# The keys of `train` that are the same for all SAEs of a run.
+STREAM_KEYS = frozenset({"training_tokens", "train_batch_size_tokens", "allow_tf32"})
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class SAEEntry:
     hookpoint_out: str | tuple[str, ...] | None = None
     # A released SAE to start from; null: random weights.
     init_from: InitFrom | None = None
-    # Keys of the `train` section that differ for this SAE (all but training_tokens and train_batch_size_tokens).
+    # Keys of the `train` section that differ for this SAE (all but STREAM_KEYS).
     train: dict[str, Any] = field(default_factory=dict)
     # Every other key: d_sae (the number of latents, required) and the options of the architecture, such as k.
     options: dict[str, Any] = field(default_factory=dict)
@@ -252,6 +260,8 @@ class TopologyConfig:
     # JSON file for the engine deepspeed, such as launch/deepspeed/zero2.json; null: the one that accelerate was given,
     # else ZeRO-1.
     deepspeed: str | None = None
+    # Most MiB of one SAE's pre-activations that exist at once on a rank: a batch is worked through in blocks of rows.
+    pre_activation_mib: int = 512
 
     @classmethod
     def from_yaml(cls, value: Any, key: str) -> "TopologyConfig":

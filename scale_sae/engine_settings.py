@@ -137,3 +137,8 @@ def check_jobs(topology: TopologyConfig, specs: Sequence[JobSpec]) -> None:
                 f"saes.{spec.entry}.dtype: {dtype}, but topology.engine: deepspeed keeps float32; set it to float32, "
                 "or topology.engine to fsdp2"
             )
+        if spec.train.moments_dtype != "float32":
+            raise UserError(
+                f"saes.{spec.entry}.moments_dtype: {spec.train.moments_dtype}, but topology.engine: deepspeed keeps "
+                "float32; set it to float32, or topology.engine to fsdp2"
+            )

@@ -218,6 +218,7 @@ class JobTrainer:
         for name, tensor in self.engine.followers().items():
             checkpoint.load_rows(folder, {name: tensor}, self.sae.rows.start)
         checkpoint.load_replicated(folder, self.replicated_tensors())
+        self.engine.follow()
 
     def check_replicas(self) -> None:
         """``RuntimeError`` unless what is replicated is bit for bit the same on all shards and dp ranks."""

@@ -1,14 +1,17 @@
 """The optimizer of one SAE: clip-norm over all ranks, a guard against non-finite steps, Adam on own rows."""
 
 import math
-from collections.abc import Iterable, Set
+import zlib
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from scale_sae import kernels
 from scale_sae.engines import LocalEngine
+from scale_sae.kernels.rows import AdamStep, RowGradient
 
 if TYPE_CHECKING:  # reading config files needs more than torch
     from scale_sae.config import TrainConfig
@@ -86,15 +89,17 @@ class Optimizer:
         self.total_steps = total_steps
         self.parameters = engine.parameters
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.b_dec.device)
+        moments = {name: torch.bfloat16 for name in engine.matrices if settings.moments_dtype == "bfloat16"}
         self.state = {
             name: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                "exp_avg": torch.zeros_like(parameter, dtype=moments.get(name)),
+                "exp_avg_sq": torch.zeros_like(parameter, dtype=moments.get(name)),
             }
             for name, parameter in self.parameters.items()
         }
-        own = {name: parameter for name, parameter in self.parameters.items() if name not in engine.updated_elsewhere}
+        others = self.parameters.keys() - engine.updated_elsewhere - set(engine.matrices)
+        own = {name: parameter for name, parameter in self.parameters.items() if name in others}
         self.adam = adam_of([own.values()], settings)
         for name, parameter in own.items():
             self.adam.state[parameter] = self.state[name]
@@ -113,19 +118,45 @@ class Optimizer:
             updated and ``skipped`` grows by 1.
         """
         # Backward without rows too: its sums over the other ranks wait for this one.
-        self.engine.backward(loss * share)
+        rows = self.engine.backward(loss * share)
         loss = self.shard.dp.sum_in_order(loss * share if share else torch.zeros_like(loss))
-        update = self._update(loss, learning_rate(step, self.total_steps, self.settings))
+        update = self._update(rows, loss, step)
         self.skipped += update.skip
         return update.norm
 
-    def _update(self, loss: Tensor, rate: float) -> "Update":
+    def _update(self, rows: Mapping[str, RowGradient], loss: Tensor, step: int) -> "Update":
         """Changes the parameters, unless the gradients or the ``loss`` of all rows are not finite."""
-        update = self._planned(self._gradient_norm(), loss, rate)
+        norm = self._gradient_norm(rows)
+        update = self._planned(norm, loss, learning_rate(step, self.total_steps, self.settings))
+        for name, gradient in rows.items():
+            self._update_rows(name, gradient, update, step)
         update.prepare(self.adam)
         self.adam.step()
         self.adam.zero_grad()
+        self.engine.follow()
         return update
+
+    def _update_rows(self, name: str, gradient: RowGradient, update: "Update", step: int) -> None:
+        """Adam, in the pass that sums a matrix's gradient."""
+        state, weight = self.state[name], self.parameters[name]
+        state["step"] += ~update.skip
+        kernels.on(weight).adam_rows(
+            gradient,
+            weight.detach(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            AdamStep(
+                step=state["step"],
+                rate=update.rate,
+                beta1=self.settings.adam_beta1,
+                beta2=self.settings.adam_beta2,
+                clip=update.clip,
+                skip=update.skip,
+                seed=zlib.crc32(f"{name} {step}".encode()),
+                first=self.sae.rows.start + (self.engine.own.start if name in self.engine.divided else 0),
+            ),
+            self.engine.narrow.get(name),
+        )
 
     def _planned(self, norm: Tensor, loss: Tensor, rate: float) -> "Update":
         clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
@@ -147,24 +178,29 @@ class Optimizer:
             for moment in ("exp_avg", "exp_avg_sq")
         }
 
-    def _gradient_norm(self, elsewhere: Tensor | None = None) -> Tensor:
+    def _gradient_norm(self, rows: Mapping[str, RowGradient], elsewhere: Tensor | None = None) -> Tensor:
         """Over all ranks, what several of them hold counted once; in float32 where gradients are narrower.
 
-        ``elsewhere`` is the norm over all ranks of what another library updates.
+        ``rows`` are the gradients of matrices; ``elsewhere`` is the norm over all ranks of what another library
+        updates.
 
         Summed in order: ranks whose norms differed in the last bit would clip what is replicated differently.
         """
         replicated = self.parameters.keys() & self.sae.replicated
-        of_shard = self._squares(self.parameters.keys() - replicated - self.engine.divided)
+        of_shard = self._squares(rows, self.parameters.keys() - replicated - self.engine.divided)
         if divided := self.engine.divided - self.engine.updated_elsewhere:
-            of_shard += self.shard.dp.sum_in_order(self._squares(divided))
-        squares = self.shard.sum_in_order(of_shard) + self._squares(replicated)
+            of_shard += self.shard.dp.sum_in_order(self._squares(rows, divided))
+        squares = self.shard.sum_in_order(of_shard) + self._squares(rows, replicated)
         return (squares if elsewhere is None else squares + elsewhere.square()).sqrt()
 
-    def _squares(self, names: Set[str]) -> Tensor:
+    def _squares(self, rows: Mapping[str, RowGradient], names: Set[str]) -> Tensor:
         dtype = torch.promote_types(self.sae.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=self.sae.b_dec.device)
         for name, parameter in self.parameters.items():
-            if name in names and parameter.grad is not None:
+            if name not in names:
+                continue
+            if name in rows:
+                total += kernels.on(parameter).row_squares(rows[name]).sum()
+            elif parameter.grad is not None:
                 total += torch.linalg.vector_norm(parameter.grad, dtype=dtype).square()
         return total

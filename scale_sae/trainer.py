@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.activations.schedule import Schedule
@@ -91,6 +92,8 @@ class Trainer:
             )
             for i in self.group.jobs
         ]
+        for job in self.jobs:
+            job.sae.pre_activation_mib = config.topology.pre_activation_mib
         lanes = topology.plan.lane_block(self.group, topology.rank)
         own_widths = {name: widths[name] for name in self.group.hookpoints}
         self.buffer = LaneBuffer(own_widths, lanes, schedule, config.seed, dtype, topology.device)
@@ -170,10 +173,11 @@ class Trainer:
         if step == 0:
             self._set_scales()
         rows, usable = {}, {}
-        for name, part in self.buffer.draw(step).items():
-            rows[name] = self.topology.shard.all_gather(part).flatten(0, 1)
-            usable[name], non_finite, outliers = usable_rows(rows[name], self.topology.shard.dp)
-            self.left_out[name] += torch.stack([non_finite, outliers])
+        with record_function("draw and gather"):
+            for name, part in self.buffer.draw(step).items():
+                rows[name] = self.topology.shard.all_gather(part).flatten(0, 1)
+                usable[name], non_finite, outliers = usable_rows(rows[name], self.topology.shard.dp)
+                self.left_out[name] += torch.stack([non_finite, outliers])
         batches = self._batches(rows, usable)
         jobs = [job for job in self.jobs if not job.frozen]
         steps = [

@@ -13,8 +13,7 @@ place the gradients are clipped by the norm over everything, and an update that 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ from torch import Tensor
 from scale_sae.collectives import Shard
 from scale_sae.engines import DividingEngine, Step
 from scale_sae.errors import UserError
-from scale_sae.optim import Optimizer, Update, adam_of
+from scale_sae.kernels.rows import RowGradient
+from scale_sae.optim import Optimizer, Update, adam_of, learning_rate
 from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
 
 if TYPE_CHECKING:  # reading config files needs more than torch
@@ -82,16 +82,8 @@ class DeepSpeedEngine(DividingEngine):
         output.loss = loss
         return output
 
-    def backward(self, loss: Tensor) -> None:
+    def _run_backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
-        for name, parameter in self.parameters.items():  # in one order on all ranks
-            if name not in self.divided and parameter.grad is not None:
-                parameter.grad = self.dp.sum_in_order(parameter.grad)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        yield
-        self._keep_changes(None)
 
     @torch.no_grad()
     def fill(self, other: TrainingSAE) -> None:
@@ -115,7 +107,8 @@ class ZeroOptimizer(Optimizer):
             moments = {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
             engine.adam.state[part] = {"step": state["step"], **moments}
 
-    def _update(self, loss: Tensor, rate: float) -> Update:
+    def _update(self, rows: Mapping[str, RowGradient], loss: Tensor, step: int) -> Update:
+        rate = learning_rate(step, self.total_steps, self.settings)
         planned: list[Update] = []
 
         def before(adam: Any, args: Any, kwargs: Any) -> None:
@@ -124,7 +117,7 @@ class ZeroOptimizer(Optimizer):
                 norm = self.engine.zero._global_grad_norm
                 # Each dp rank has it from a tp group of its own, which may have added in another order.
                 norm = self.engine.dp.all_gather(torch.as_tensor(norm, device=loss.device))[0]
-                planned.append(self._planned(self._gradient_norm(norm), loss, rate))
+                planned.append(self._planned(self._gradient_norm(rows, norm), loss, rate))
             planned[0].prepare(adam)
 
         hook = self.engine.adam.register_step_pre_hook(before)

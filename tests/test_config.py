@@ -72,6 +72,10 @@ def test_minimal_config_gets_every_default(tmp_path: Path) -> None:
         ("data.seqpos_slice", [-8, None, 2], (-8, None, 2)),
         ("data.dataset_name", "en", "en"),
         ("model.dtype", "bfloat16", "bfloat16"),
+        ("model.compile", "true", True),
+        ("train.moments_dtype", "bfloat16", "bfloat16"),
+        ("train.allow_tf32", "true", True),
+        ("topology.pre_activation_mib", "64", 64),
         ("logging.wandb", "true", True),
         ("logging.log_to_wandb", True, True),
     ],
@@ -122,6 +126,12 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         # Not one of the names.
         ("model.dtype", "bf16", ["model.dtype: 'bf16'", "bfloat16", "float64"]),
         ("model.dtype", "float23", ["did you mean float32"]),
+        ("model.compile", "default", ["model.compile: 'default'", "true or false"]),
+        ("train.moments_dtype", "float16", ["train.moments_dtype: 'float16'", "float32, bfloat16"]),
+        ("saes.0.moments_dtype", "int8", ["saes.0.moments_dtype: 'int8'", "float32, bfloat16"]),
+        ("train.allow_tf32", "1", ["train.allow_tf32: 1", "true or false"]),
+        ("saes.0.allow_tf32", "true", ["saes.0.allow_tf32: True", "the same for all SAEs; set train.allow_tf32"]),
+        ("topology.pre_activation_mib", "0", ["topology.pre_activation_mib: 0", "above 0"]),
         ("train.lr_scheduler_name", "linear", ["train.lr_scheduler_name: 'linear'", "cosineannealing"]),
         ("data.sequence_separator_token", "pad", ["data.sequence_separator_token: 'pad'", "bos, eos", "null"]),
         # Out of range.
@@ -304,6 +314,8 @@ def test_a_spread_model_has_ranks_of_its_own(tmp_path: Path) -> None:
     assert run.topology.lm == config.LMTopology(parallel="device_map", max_memory_gib=20.0)
     assert from_text(tmp_path, yaml.safe_dump(config.to_dict(run))) == run
     assert from_text(tmp_path, text, {"topology.lm": "colocated"}).topology.lm.parallel == "tp"
+    message = error_of(tmp_path, text, {"model.compile": True})
+    assert message.startswith("model.compile: True does not go with topology.lm.parallel: device_map")
     message = error_of(
         tmp_path, yaml.safe_dump({**MINIMAL, "topology": {"lm": "colocated"}}), {"topology.lm.parallel": "device_map"}
     )
@@ -330,6 +342,7 @@ def test_an_sae_has_its_own_training_keys_and_hookpoints(tmp_path: Path) -> None
     assert (a.train, b.train, b.options) == ({}, {"lr": 1e-3}, {"d_sae": 64, "aux": 5e-2})
     assert run.train_of(a) == run.train
     assert run.train_of(b) == dataclasses.replace(run.train, lr=1e-3)
+    assert with_changes(tmp_path, {"saes.0.moments_dtype": "bfloat16"}).saes[0].train == {"moments_dtype": "bfloat16"}
     assert (run.hookpoints_of(a), run.hookpoints_of(b)) == (("model.layers.1",), ("model.*:in",))
 
 
@@ -410,7 +423,7 @@ def test_identity_and_differences(tmp_path: Path) -> None:
     run = full_config(tmp_path)
     tree = config.to_dict(run)
     elsewhere = {
-        "topology": {"lm": {"tp": 4}, "sae": {"tp": 4}},
+        "topology": {"lm": {"tp": 4}, "sae": {"tp": 4}, "pre_activation_mib": 64},
         "checkpoint.every_steps": 7,
         "logging.wandb": True,
         "resume": "never",
@@ -424,6 +437,7 @@ def test_identity_and_differences(tmp_path: Path) -> None:
         "topology.lm: {'devices_per_rank': None, 'dp': 1, 'max_memory_gib': None, 'parallel': 'tp', ...}"
         " != 'colocated'",
         "topology.sae.tp: 4 != 1",
+        "topology.pre_activation_mib: 64 != 512",
         "checkpoint.every_steps: 7 != 200",
         "logging.log_to_wandb: True != False",
     ]

@@ -363,8 +363,11 @@ def living_bytes() -> int:
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 4), (2, 2), (4, 1)])
 def test_parameters_and_state_are_divided_over_all_ranks(dp: int, tp: int) -> None:
-    """W_enc, W_dec and b_enc, with two moments each, by dp x tp; b_dec and its moments whole: float64."""
-    d_in, d_sae = 32, 4096
+    """W_enc, W_dec and b_enc, with two moments each, by dp x tp; b_dec and its moments whole: float64.
+
+    Beside them stays the memory for one batch's pre-activations, of the shard's latents.
+    """
+    d_in, d_sae, batch = 32, 4096, 8
 
     def worker(rank: int, world: int) -> int:
         shard = shard_in_grid(rank, dp, tp)
@@ -377,7 +380,7 @@ def test_parameters_and_state_are_divided_over_all_ranks(dp: int, tp: int) -> No
         sae.initialize(0, "model.layers.0")
         optimizer = Optimizer(FSDP2Engine(sae, mesh) if mesh else LocalEngine(sae), TrainConfig(), 2)
         for step in range(2):
-            x = torch.randn(8, d_in, dtype=torch.float64)
+            x = torch.randn(batch, d_in, dtype=torch.float64)
             dead = torch.zeros(sae.n_local, dtype=torch.bool)
             step_input = TrainStepInput(
                 sae_in=x,
@@ -392,6 +395,6 @@ def test_parameters_and_state_are_divided_over_all_ranks(dp: int, tp: int) -> No
             del step_input, loss, dead, x
         return living_bytes() - before
 
-    formula = 3 * 8 * ((2 * d_in + 1) * d_sae / (dp * tp) + d_in)
+    formula = 3 * 8 * ((2 * d_in + 1) * d_sae / (dp * tp) + d_in) + 8 * batch * d_sae / tp
     for found in run_ranks(4, worker):
         assert found == pytest.approx(formula, rel=0.05)

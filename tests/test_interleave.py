@@ -275,10 +275,10 @@ def test_a_user_error_in_one_sae_ends_the_run_on_every_rank(tmp_path: Path) -> N
     run = stream.config_of(tmp_path, [{"name": f"s{n}", "architecture": "topk", "k": 3} for n in range(3)], N_ROWS, 2)
 
     def worker(rank: int, world: int) -> Any:
-        select = TopKTrainingSAE.select
+        select = TopKTrainingSAE._select
 
-        def fails(self: TopKTrainingSAE, scores: Tensor) -> Any:
-            found = select(self, scores)
+        def fails(self: TopKTrainingSAE, *args: Any) -> Any:
+            found = select(self, *args)
             if "s1" in str(getattr(threading.current_thread(), "sae", "")):
                 raise UserError("k: of no use")
             return found
@@ -289,7 +289,7 @@ def test_a_user_error_in_one_sae_ends_the_run_on_every_rank(tmp_path: Path) -> N
             threading.current_thread().sae = job.spec.sae_id if args[3] == 4 else ""  # type: ignore[attr-defined]
             return step(job, *args)
 
-        TopKTrainingSAE.select = fails  # type: ignore[method-assign]
+        TopKTrainingSAE._select = fails  # type: ignore[method-assign]
         JobTrainer.step = stepped  # type: ignore[method-assign,assignment]
         seen: list[Trainer] = []
         with pytest.raises(UserError, match="of no use"):
@@ -307,7 +307,7 @@ def test_an_sae_computes_while_the_message_of_another_passes(tmp_path: Path) -> 
 
     def worker(rank: int, world: int) -> list[tuple[str, Any, int]]:
         watch = Watch()
-        encode = TopKTrainingSAE._scores
+        encode = TopKTrainingSAE._score_blocks
 
         def computes(self: TopKTrainingSAE, x: Tensor) -> Any:
             watch.events.append(("encode", watch.here.job, -1))
@@ -322,7 +322,7 @@ def test_an_sae_computes_while_the_message_of_another_passes(tmp_path: Path) -> 
                 raise UserError("enough")
             return forward(self, step_input)
 
-        TopKTrainingSAE._scores = computes  # type: ignore[method-assign,assignment]
+        TopKTrainingSAE._score_blocks = computes  # type: ignore[method-assign]
         TopKTrainingSAE.training_forward_pass = passes  # type: ignore[method-assign]
         with pytest.raises(UserError, match="enough"):
             stream.train_here(run, stream.made_up_rows(3 * stream.BATCH), lambda trainer: None, rank, world)

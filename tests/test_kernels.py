@@ -8,11 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sae.kernels.codes import (
     Codes,
+    Columns,
+    Decoder,
+    Encoder,
     decode,
+    decode_columns,
     decode_selected,
     dot_rows,
     encode_dense,
-    encode_latents,
     encode_selected,
     scatter_rows,
 )
@@ -58,7 +61,8 @@ def test_products_equal_dense_ones(dtype: torch.dtype) -> None:
         "dot_rows": (dot_rows(codes.rows, codes.latents, g, W), (g.double() @ W.double().T)[codes.rows, codes.latents]),
     }
     for name, (actual, expected) in found.items():
-        assert actual.dtype == dtype and actual.shape == expected.shape, name
+        wanted = torch.promote_types(dtype, torch.float32) if name == "dot_rows" else dtype  # weights of later sums
+        assert actual.dtype == wanted and actual.shape == expected.shape, name
         assert relative(actual, expected) <= TOLERANCE[dtype], name
 
 
@@ -102,30 +106,50 @@ def test_gradients_of_selected_entries(with_shift: bool) -> None:
     def reconstruct(shift: Tensor, W_enc_rows: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
         shifted = x - shift if with_shift else x
         pre = (shifted @ W_enc_rows.T + b_enc)[codes.rows, codes.latents].detach()
-        values = encode_selected(
-            codes.with_values(pre), shifted.detach(), shift if with_shift else None, W_enc_rows, b_enc
-        )
-        return decode_selected(values, codes, W_dec)
+        encoder = Encoder(shifted.detach(), shift if with_shift else None, W_enc_rows, b_enc)
+        return decode_selected(encode_selected(codes.with_values(pre), encoder), codes, Decoder(W_dec))
 
     inputs = [torch.randn(shape).double().requires_grad_() for shape in ((4,), (9, 4), (9,), (9, 4))]
     inputs[0].requires_grad_(with_shift)
     assert gradcheck(reconstruct, inputs)
 
 
+def chosen_columns(chosen: Tensor, latents: Tensor, pre: Tensor, slots: int, block_rows: int) -> Columns:
+    """The pre-activations ``pre [B, n]`` of ``latents`` where ``chosen [B, m]``, in slots of which some are empty."""
+    places = torch.full((len(chosen), slots), -1)
+    values = torch.full(places.shape, 99.0, dtype=torch.float64)  # what is in an empty slot says nothing
+    for row, mask in enumerate(chosen):
+        (found,) = mask.nonzero(as_tuple=True)
+        places[row, : len(found)] = found
+        values[row, : len(found)] = pre[row, latents[found]]
+    return Columns(latents, values, places, block_rows)
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 100])
 @pytest.mark.parametrize("latents", [[7, 1, 4], []])
-def test_gradients_of_whole_latents(latents: list[int]) -> None:
-    x, columns = torch.randn(6, 4).double(), torch.tensor(latents, dtype=torch.int64)
+@pytest.mark.parametrize("all_chosen", [True, False])
+def test_gradients_of_columns(latents: list[int], all_chosen: bool, block_rows: int) -> None:
+    x, numbers = torch.randn(6, 4).double(), torch.tensor(latents, dtype=torch.int64)
+    chosen = torch.rand(6, len(latents)) < 0.5
+    chosen[2:4] = False
 
-    def encode(shift: Tensor, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-        pre = ((x - shift) @ W_enc_rows.T + b_enc)[:, columns].detach()
-        return encode_latents(pre, columns, (x - shift).detach(), shift, W_enc_rows, b_enc)
+    def reconstruct(shift: Tensor, W_enc_rows: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
+        pre = ((x - shift) @ W_enc_rows.T + b_enc).detach()
+        columns = Columns(numbers, pre[:, numbers], None, block_rows)
+        if not all_chosen:
+            columns = chosen_columns(chosen, numbers, pre, len(latents), block_rows)
+        return decode_columns(columns, Encoder((x - shift).detach(), shift, W_enc_rows, b_enc), Decoder(W_dec))
 
-    inputs = [torch.randn(shape).double().requires_grad_() for shape in ((4,), (9, 4), (9,))]
-    if latents:
-        assert gradcheck(encode, inputs)
-    grads = torch.autograd.grad(encode(*inputs).sum(), inputs)
-    kept = sorted({*range(9)} - {*latents})
-    assert not grads[1][kept].any() and not grads[2][kept].any()
+    def plainly(shift: Tensor, W_enc_rows: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
+        pre = ((x - shift) @ W_enc_rows.T + b_enc)[:, numbers]
+        return (pre if all_chosen else pre * chosen) @ W_dec[numbers]
+
+    inputs = [torch.randn(shape).double().requires_grad_() for shape in ((4,), (9, 4), (9,), (9, 5))]
+    upstream = torch.randn(6, 5).double()
+    found, expected = reconstruct(*inputs), plainly(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    grads = [torch.autograd.grad(out, inputs, upstream, materialize_grads=True) for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("with_shift", [True, False])
@@ -192,7 +216,7 @@ def test_nothing_dense_is_made() -> None:
     W_enc_rows, W_dec = (torch.randn(128, 4).double().requires_grad_() for _ in range(2))
     assert len(codes.rows) > W_dec.numel()
     with _LargestTensor() as largest:
-        values = encode_selected(codes, x, shift, W_enc_rows, b_enc)
-        decode_selected(values, codes, W_dec).square().sum().backward()
+        values = encode_selected(codes, Encoder(x, shift, W_enc_rows, b_enc))
+        decode_selected(values, codes, Decoder(W_dec)).square().sum().backward()
     assert largest.numel == len(codes.rows)
     assert W_dec.grad is not None

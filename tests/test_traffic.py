@@ -187,7 +187,7 @@ def of_the_batch(s: Sizes) -> Expected:
 
 def of_an_sae(architecture: str, s: Sizes) -> Expected:
     """What one SAE sends in a step that does not log, but for numbers that are few."""
-    histograms = [2**15 + 1, 2**15, *[2**16] * (s.itemsize // 2 - 1)]  # of 4 bytes; one carries a flag
+    histograms = [2**15 + 1, *[2**16] * (s.itemsize // 2 - 1)]  # of 4 bytes; one carries a flag
     found = Expected()
     if s.tp > 1:
         reconstructions = 1 + (s.dead > 0)

@@ -1,1 +1,22 @@
-"""Numerical kernels. Each plain torch reference op is the meaning that a faster twin beside it has to reproduce."""
+"""Numerical kernels.
+
+``plain`` says in torch what each does, on any device. ``fused`` has the same functions as Triton kernels for NVIDIA
+GPUs, which pass over the large tensors once. ``on`` chooses, at each call, by the device of a tensor.
+"""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from scale_sae.kernels import plain
+
+
+def on(tensor: Tensor) -> ModuleType:
+    """The module whose functions work on tensors like this one: ``fused`` or ``plain``."""
+    if tensor.is_cuda and tensor.dtype is not torch.float64 and find_spec("triton") is not None:
+        from scale_sae.kernels import fused
+
+        return fused
+    return plain

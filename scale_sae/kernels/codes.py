@@ -1,4 +1,4 @@
-"""Products of sparse codes, in plain torch, and the autograd functions that the TopK family is made of.
+"""Products of sparse codes, and the autograd functions that the TopK family is made of.
 
 The dense pre-activations are computed outside, for the selection; the functions here say what the selected ones are to
 the parameters, so that no gradient of size rows × latents ever exists. No two threads add into the same number: equal
@@ -6,6 +6,7 @@ inputs give equal bits, on GPUs too.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from scale_sae import kernels
+from scale_sae.kernels.rows import Collected
 
 
 @dataclass
@@ -45,6 +49,11 @@ class Codes:
         latents, order = self.latents.sort(stable=True)
         return order, _offsets(latents, self.n_latents)
 
+    @cached_property
+    def rows_by_latent(self) -> Tensor:
+        """int64 ``[nnz]``, the row of each entry in latent-major order."""
+        return self.rows[self.by_latent[0]]
+
     def with_values(self, values: Tensor) -> "Codes":
         """The same entries with other values, sharing what has been worked out about their order."""
         other = copy.copy(self)
@@ -54,83 +63,198 @@ class Codes:
 
 def decode(codes: Codes, W: Tensor) -> Tensor:
     """``Z @ W``: codes with W ``[n_latents, d]`` to ``[n_rows, d]``."""
-    return _weighted_sums(codes.latents, codes.row_offsets, codes.values, W)
+    return kernels.on(W).weighted_sums(codes.latents, codes.row_offsets, codes.values, W)
 
 
 def scatter_rows(codes: Codes, g: Tensor) -> Tensor:
     """``Zᵀ @ g``: codes with g ``[n_rows, d]`` to ``[n_latents, d]``, 0 for a latent without entries."""
     order, offsets = codes.by_latent
-    return _weighted_sums(codes.rows[order], offsets, codes.values[order], g)
+    return kernels.on(g).weighted_sums(codes.rows_by_latent, offsets, codes.values[order], g)
 
 
 def dot_rows(rows: Tensor, latents: Tensor, g: Tensor, W: Tensor) -> Tensor:
-    """``g[rows] · W[latents]`` per entry, ``[nnz]``, for g ``[n_rows, d]`` and W ``[n_latents, d]``."""
-    # The gradient of an embedding bag by its weights is this product, and never gathers an [nnz, d].
-    no_offsets = rows.new_zeros(1)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, W, latents, no_offsets, rows, 0)
+    """``g[rows] · W[latents]`` per entry, float32 at least, for g ``[n_rows, d]`` and W ``[n_latents, d]``."""
+    return kernels.on(W).dot_rows(rows, latents, g, W)
 
 
-def encode_selected(codes: Codes, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-    """The selected entries of ``(x - shift) @ W_enc_rowsᵀ + b_enc``, with gradients for shift, W_enc_rows and b_enc.
+@dataclass
+class Encoder:
+    """What makes pre-activations ``(x - shift) @ W_rowsᵀ + b``; shift, W_rows and b get gradients.
 
-    Args:
-        codes: the selected entries; ``values`` holds the pre-activations, already computed.
-        x: ``[n_rows, d_in]``, the input after the shift; it gets no gradient.
+    Attributes:
+        x: ``[n_rows, d_in]``, the input after the shift.
         shift: ``[d_in]``, or None where the input is taken as it is.
-        W_enc_rows: ``[n_latents, d_in]``.
-        b_enc: ``[n_latents]``.
-
-    Returns:
-        ``codes.values`` ``[nnz]`` as a function of the parameters.
+        W_rows: ``[n_latents, d_in]``.
+        b: ``[n_latents]``.
+        collected: takes the gradient of W_rows, in parts; None: autograd gets it, dense.
     """
-    return _EncodeSelected.apply(codes, x, shift, W_enc_rows, b_enc)
+
+    x: Tensor
+    shift: Tensor | None
+    W_rows: Tensor
+    b: Tensor
+    collected: Collected | None = None
 
 
-def decode_selected(values: Tensor, codes: Codes, W_dec: Tensor) -> Tensor:
-    """``decode`` of the entries of codes with these values ``[nnz]``, with gradients for values and W_dec."""
-    return _DecodeSelected.apply(values, codes, W_dec)
+@dataclass
+class Decoder:
+    """The rows ``W [n_latents, d_out]`` that latents write; ``collected`` as an encoder's."""
+
+    W: Tensor
+    collected: Collected | None = None
 
 
-def encode_latents(
-    pre: Tensor, latents: Tensor, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor
-) -> Tensor:
-    """Some latents' columns of ``(x - shift) @ W_enc_rowsᵀ + b_enc``, with gradients for shift, W_enc_rows and b_enc.
+def encode_selected(codes: Codes, encoder: Encoder) -> Tensor:
+    """The pre-activations ``codes.values`` ``[nnz]``, already computed, as a function of the encoder."""
+    return _EncodeSelected.apply(codes, encoder, encoder.shift, encoder.W_rows, encoder.b)
 
-    Args:
-        pre: ``[n_rows, m]``, these columns, already computed.
+
+def decode_selected(values: Tensor, codes: Codes, decoder: Decoder) -> Tensor:
+    """``decode`` of the entries of codes with these values ``[nnz]``, as a function of these and the decoder."""
+    return _DecodeSelected.apply(values, codes, decoder, decoder.W)
+
+
+@dataclass
+class Columns:
+    """Activations of some latents, at most as many in each row as there are slots.
+
+    Attributes:
         latents: int64 ``[m]``, without repeats.
-        x, shift, W_enc_rows, b_enc: see ``encode_selected``.
-
-    Returns:
-        ``pre`` as a function of the parameters.
+        values: ``[n_rows, slots]``.
+        places: int64 ``[n_rows, slots]``, which of ``latents`` each slot is of, none twice in a row; −1 where the slot
+            is empty. None: slot i is of latent i.
+        block_rows: rows that are made dense, ``[block_rows, m]``, at once.
     """
-    return _EncodeLatents.apply(pre, latents, x, shift, W_enc_rows, b_enc)
+
+    latents: Tensor
+    values: Tensor
+    places: Tensor | None
+    block_rows: int
+
+    def dense(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, at least one: where they are, and ``values [n_rows, slots]`` as ``[b, m]``."""
+        for start in range(0, max(len(values), 1), self.block_rows):
+            rows = slice(start, min(start + self.block_rows, len(values)))
+            if self.places is None:
+                yield rows, values[rows]
+                continue
+            # Empty slots all write into a column of their own, which is left out.
+            block = values.new_zeros(rows.stop - rows.start, len(self.latents) + 1)
+            places = self.places[rows] % (len(self.latents) + 1)
+            yield rows, block.scatter_(1, places, values[rows])[:, :-1]
+
+    def entries(self, block: Tensor, rows: slice) -> Tensor:
+        """The slots ``[b, slots]`` of a block ``[b, m]``, 0 where they are empty."""
+        if self.places is None:
+            return block
+        places = self.places[rows]
+        return block.gather(1, places.clamp(min=0)).masked_fill_(places < 0, 0)
+
+
+def decode_columns(columns: Columns, encoder: Encoder, decoder: Decoder) -> Tensor:
+    """What columns of pre-activations, already computed, decode to: ``[n_rows, d_out]``, a function of the parameters.
+
+    Dense products over the columns' latents: for latents of which a good part is active in every row.
+    """
+    return _DecodeColumns.apply(columns, encoder, decoder, encoder.shift, encoder.W_rows, encoder.b, decoder.W)
 
 
 def encode_dense(x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
     """``(x - shift) @ W_enc_rowsᵀ + b_enc``, ``[n_rows, n_latents]``, with gradients for shift, W_enc_rows and b_enc.
 
-    Arguments as ``encode_selected``: x is the input after the shift.
+    ``x [n_rows, d_in]`` is the input after the shift; it gets no gradient.
     """
     return _EncodeDense.apply(x, shift, W_enc_rows, b_enc)
 
 
 class _EncodeSelected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codes: Codes, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-        ctx.codes = codes
-        ctx.save_for_backward(x, W_enc_rows)
+    def forward(ctx: Any, codes: Codes, encoder: Encoder, shift: Tensor | None, W_rows: Tensor, b: Tensor) -> Tensor:
+        ctx.codes, ctx.collected = codes, encoder.collected
+        ctx.save_for_backward(encoder.x, W_rows, b)
         return codes.values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc_rows = ctx.saved_tensors
+        x, W_rows, b = ctx.saved_tensors
         codes = ctx.codes.with_values(grad)
-        grad_b = scatter_rows(codes, grad.new_ones(codes.n_rows, 1)).squeeze(1)
+        grad_b = scatter_rows(codes, grad.new_ones(codes.n_rows, 1)).squeeze(1).to(b.dtype)
         # Every row is shifted alike, so the rows' gradients are summed per latent before they meet W_enc.
-        grad_shift = -(grad_b @ W_enc_rows) if ctx.needs_input_grad[2] else None
-        return None, None, grad_shift, scatter_rows(codes, x), grad_b
+        grad_shift = -(grad_b @ W_rows) if ctx.needs_input_grad[2] else None
+        return None, None, grad_shift, _rows_gradient(codes, x, ctx.collected), grad_b
+
+
+class _DecodeSelected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, codes: Codes, decoder: Decoder, W: Tensor) -> Tensor:
+        ctx.codes, ctx.collected = codes, decoder.collected
+        ctx.save_for_backward(values, W)
+        return decode(codes.with_values(values), W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = dot_rows(ctx.codes.rows, ctx.codes.latents, grad, W)
+        return grad_values, None, None, _rows_gradient(ctx.codes.with_values(values), grad, ctx.collected)
+
+
+class _DecodeColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        columns: Columns,
+        encoder: Encoder,
+        decoder: Decoder,
+        shift: Tensor | None,
+        W_rows: Tensor,
+        b: Tensor,
+        W: Tensor,
+    ) -> Tensor:
+        ctx.columns, ctx.collected = columns, (encoder.collected, decoder.collected)
+        ctx.save_for_backward(encoder.x, W_rows, b, W)
+        of_latents = W.index_select(0, columns.latents)
+        return torch.cat([block @ of_latents for _, block in columns.dense(columns.values)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_rows, b, W = ctx.saved_tensors
+        columns, latents = ctx.columns, ctx.columns.latents
+        wide = torch.promote_types(W.dtype, torch.float32)
+        of_latents = W.index_select(0, latents)
+        grad_W = torch.zeros(of_latents.shape, dtype=wide, device=W.device)
+        grad_values = torch.empty_like(columns.values)
+        for rows, block in columns.dense(columns.values):
+            grad_W += block.T @ grad[rows]
+            grad_values[rows] = columns.entries(grad[rows] @ of_latents.T, rows)
+        grad_W_rows = torch.zeros(len(latents), x.shape[1], dtype=wide, device=W.device)
+        per_latent = torch.zeros(len(latents), dtype=wide, device=W.device)
+        for rows, block in columns.dense(grad_values):
+            grad_W_rows += block.T @ x[rows]
+            per_latent += block.sum(0)
+        per_latent = per_latent.to(b.dtype)
+        grad_b = torch.zeros_like(b).index_copy_(0, latents, per_latent)
+        grad_shift = -(per_latent @ W_rows.index_select(0, latents)) if ctx.needs_input_grad[3] else None
+        found: list[Tensor | None] = []
+        for whole, rows_of, collected in zip((W_rows, W), (grad_W_rows, grad_W), ctx.collected, strict=True):
+            if collected is None:
+                found.append(torch.zeros_like(whole).index_copy_(0, latents, rows_of.to(whole.dtype)))
+            else:
+                collected.add_rows(latents, rows_of)
+                found.append(None)
+        return None, None, None, grad_shift, found[0], grad_b, found[1]
+
+
+def _rows_gradient(codes: Codes, table: Tensor, collected: Collected | None) -> Tensor | None:
+    """The gradient ``Zᵀ @ table`` of a matrix of rows: dense, or left with ``collected``."""
+    if collected is None:
+        return scatter_rows(codes, table)
+    order, offsets = codes.by_latent
+    collected.add_entries(codes.rows_by_latent, offsets, codes.values[order], table)
+    return None
 
 
 class _EncodeDense(torch.autograd.Function):
@@ -148,45 +272,6 @@ class _EncodeDense(torch.autograd.Function):
         return None, grad_shift, grad.T @ x, per_latent
 
 
-class _EncodeLatents(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pre: Tensor, latents: Tensor, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(latents, x, W_enc_rows, b_enc)
-        return pre.view_as(pre)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        latents, x, W_enc_rows, b_enc = ctx.saved_tensors
-        per_latent = grad.sum(0)
-        grad_W = torch.zeros_like(W_enc_rows).index_copy_(0, latents, grad.T @ x)
-        grad_b = torch.zeros_like(b_enc).index_copy_(0, latents, per_latent)
-        grad_shift = -(per_latent @ W_enc_rows[latents]) if ctx.needs_input_grad[3] else None
-        return None, None, None, grad_shift, grad_W, grad_b
-
-
-class _DecodeSelected(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, codes: Codes, W_dec: Tensor) -> Tensor:
-        ctx.codes = codes
-        ctx.save_for_backward(values, W_dec)
-        return decode(codes.with_values(values), W_dec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec = ctx.saved_tensors
-        grad_values = dot_rows(ctx.codes.rows, ctx.codes.latents, grad, W_dec)
-        return grad_values, None, scatter_rows(ctx.codes.with_values(values), grad)
-
-
 def _offsets(sorted_keys: Tensor, n: int) -> Tensor:
     """Where each of the keys 0..n begins in a sorted int64 list: ``[n + 1]``."""
     return torch.searchsorted(sorted_keys, torch.arange(n + 1, device=sorted_keys.device))
-
-
-def _weighted_sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Row i of the result is the sum of ``weights[e] * table[indices[e]]`` over e in ``offsets[i]:offsets[i + 1]``."""
-    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

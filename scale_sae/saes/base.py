@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from scale_sae.collectives import Shard
 from scale_sae.errors import UserError
-from scale_sae.kernels.codes import Codes, encode_dense
+from scale_sae.kernels.codes import Codes, Encoder
+from scale_sae.kernels.dense import encode_dense
+from scale_sae.kernels.rows import Collected
 from scale_sae.saes.inference import DTYPES, SAEConfig, released_architectures, sae_class
 from scale_sae.saes.norms import row_norm
 from scale_sae.seeds import generator
@@ -199,6 +201,9 @@ class TrainingSAE(nn.Module, ABC):
         W_dec: ``[n_local, d_out]``.
         b_dec: ``[d_out]``, the same on every shard.
         replicated: names of the parameters and buffers that are whole on every shard; all others are per latent.
+        row_gradients: where the backward pass of a step on codes leaves the gradients of W_enc_rows and W_dec, by name,
+            as products of sparse factors; None: in their ``grad``.
+        pre_activation_mib: most MiB of pre-activations that a step on codes makes at once.
         changed_in_step: names of the parameters that ``training_forward_pass`` itself changes in place; None: any may
             be, and with dp ranks all are copied after each forward pass.
     """
@@ -217,6 +222,8 @@ class TrainingSAE(nn.Module, ABC):
         self.n_local = self.rows.stop - self.rows.start
         self.d_out: int = getattr(cfg, "d_out", None) or cfg.d_in
         self.row_norm = row_norm(cfg.normalize_activations)
+        self.row_gradients: dict[str, Collected] | None = None
+        self.pre_activation_mib = 512
         self.W_enc_rows = self.zeros(self.n_local, cfg.d_in, device=device)
         self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
         self.b_dec = self.zeros(self.d_out, device=device)
@@ -234,6 +241,10 @@ class TrainingSAE(nn.Module, ABC):
     def zeros(self, *shape: int, device: torch.device | str) -> nn.Parameter:
         """A parameter of zeros in the SAE's dtype."""
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
+
+    def block_rows(self, columns: int) -> int:
+        """How many rows of a dense matrix with as many columns may exist at once."""
+        return max(1, self.pre_activation_mib * 2**20 // (columns * self.dtype.itemsize))
 
     @property
     def W_enc(self) -> Tensor:
@@ -294,9 +305,13 @@ class TrainingSAE(nn.Module, ABC):
         """
         if type(self).process_sae_in is not TrainingSAE.process_sae_in:
             return self.process_sae_in(sae_in) @ self.W_enc + bias  # of a researcher's own
+        return encode_dense(self.encoder(sae_in, bias))
+
+    def encoder(self, sae_in: Tensor, bias: Tensor) -> Encoder:
+        """What makes this shard's pre-activations of ``[B, d_in]``, for a bias ``[n_local]``."""
         x = self.row_norm.normalize(sae_in.to(self.dtype))
         shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
-        return encode_dense(x if shift is None else x - shift.detach(), shift, self.W_enc_rows, bias)
+        return Encoder(x if shift is None else x - shift.detach(), shift, self.W_enc_rows, bias)
 
     @abstractmethod
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:

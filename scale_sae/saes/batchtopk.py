@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scale_sae.collectives import Shard, select_batch_topk
+from scale_sae.collectives import Shard
 from scale_sae.saes.base import TrainStepInput, TrainStepOutput
 from scale_sae.saes.inference import SAEConfig
 from scale_sae.saes.released import JumpReLUSAEConfig
 from scale_sae.saes.topk import AuxPart, TopKTrainingSAE, TopKTrainingSAEConfig
+from scale_sae.selection import BatchTopK, Selection
 
 
 @dataclass(kw_only=True)
@@ -62,12 +63,12 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         for name in ("topk_threshold", "topk_threshold_weight", "release_threshold"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
 
-    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return select_batch_topk(scores, int(self.cfg.k * self._batch(scores)), self.shard)
+    def selection(self, n_rows: int) -> Selection:
+        return BatchTopK(int(self.cfg.k * self._batch(n_rows)), self.shard)
 
-    def _batch(self, scores: Tensor) -> int:
-        """The rows of the whole batch, of which ``scores [B, n]`` are this rank's."""
-        return self.shard.dp.total(len(scores), scores.device)
+    def _batch(self, n_rows: int) -> int:
+        """The rows of the whole batch, of which ``n_rows`` are this rank's."""
+        return self.shard.dp.total(n_rows, self.b_dec.device)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
@@ -99,12 +100,11 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
     @torch.no_grad()
     def fit_for_release(self, sae_in: Tensor) -> None:
         """Sets the threshold that leaves k activations per row in the mean over ``sae_in``, with these very weights."""
-        scores = self._hidden_pre(sae_in)
-        wanted = max(1, int(self.cfg.k * self._batch(scores)))
-        rows, latents = select_batch_topk(scores, wanted, self.shard)
-        found = self.shard.dp.all_reduce(self.shard.all_reduce(torch.tensor(len(rows), device=scores.device)))
+        wanted = max(1, int(self.cfg.k * self._batch(len(sae_in))))
+        _, _, scores = self.select_from(sae_in, BatchTopK(wanted, self.shard))
+        found = self.shard.dp.all_reduce(self.shard.all_reduce(torch.tensor(len(scores), device=scores.device)))
         # Just below the least of them, since a release keeps what is above; all, where there are fewer than wanted.
-        least = self._least(scores[rows, latents]).to(torch.promote_types(self.dtype, torch.float32))
+        least = self._least(scores).to(torch.promote_types(self.dtype, torch.float32))
         below = torch.nextafter(least, torch.zeros_like(least))
         self.release_threshold.copy_(torch.where(found == wanted, below, 0.0))
 

@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scale_sae.collectives import Shard
-from scale_sae.saes.base import (
-    TrainCoefficientConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-)
+from scale_sae.kernels.dense import AllEntries, Entries
+from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from scale_sae.saes.entrywise import EntrywiseTrainingSAE, keeps_hooks
 from scale_sae.saes.standard import coefficient_problems
 
 
@@ -51,7 +47,7 @@ class JumpReLUTrainingSAEConfig(TrainingSAEConfig):
         return found
 
 
-class JumpReLUTrainingSAE(TrainingSAE):
+class JumpReLUTrainingSAE(EntrywiseTrainingSAE):
     """SAELens's JumpReLU SAE.
 
     Attributes:
@@ -67,6 +63,10 @@ class JumpReLUTrainingSAE(TrainingSAE):
         start = torch.full((self.n_local,), cfg.jumprelu_init_threshold, dtype=dtype, device=device)
         self.threshold = nn.Parameter(start)
 
+    @classmethod
+    def works_on_entries(cls) -> bool:
+        return keeps_hooks(cls, JumpReLUTrainingSAE)
+
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"l0": TrainCoefficientConfig(self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps)}
 
@@ -75,33 +75,47 @@ class JumpReLUTrainingSAE(TrainingSAE):
         self.threshold.data.clamp_(min=0)
         return super().training_forward_pass(step_input)
 
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.pre_activations(x, self.b_enc)
-        return self._estimated(hidden_pre, times=hidden_pre), hidden_pre
+    @property
+    def encoder_bias(self) -> Tensor:
+        return self.b_enc
 
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    def may_count(self, pre: Tensor, step_input: TrainStepInput) -> Tensor:
+        # Also what an estimator sees below the threshold, which is half a bandwidth; rounding must cut none of it.
+        counts = (pre <= self.threshold - 0.51 * self.cfg.jumprelu_bandwidth).logical_not_()
+        if self.cfg.pre_act_loss_coefficient is not None and step_input.num_dead:
+            counts |= step_input.dead_neuron_mask
+        return counts
+
+    def activate(self, entries: Entries, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return self._estimated(entries, pre, times_input=True), pre
+
+    def losses_at(
+        self, step_input: TrainStepInput, entries: Entries, pre: Tensor, feature_acts: Tensor
     ) -> dict[str, Tensor]:
         norms = self.W_dec.norm(dim=1)
         if self.cfg.jumprelu_sparsity_loss_mode == "tanh":
-            per_row = self.shard.sum(torch.tanh(self.cfg.jumprelu_tanh_scale * feature_acts * norms).sum(dim=-1))
+            scaled = self.cfg.jumprelu_tanh_scale * feature_acts * entries.of_latents(norms)
+            per_row = self.shard.sum(entries.row_sums(torch.tanh(scaled)))
         else:
-            per_row = self.shard.sum(self._estimated(hidden_pre).sum(dim=-1))
+            per_row = self.shard.sum(entries.row_sums(self._estimated(entries, pre)))
             if self.cfg.jumprelu_sparsity_loss_mode == "quadratic":
                 per_row = 2 / self.cfg.target_l0 * (per_row - self.cfg.target_l0) ** 2
         losses = {"l0_loss": step_input.coefficients["l0"] * per_row.mean()}
         if self.cfg.pre_act_loss_coefficient is not None:
-            below = torch.relu(self.threshold.to(hidden_pre.dtype) - hidden_pre)
-            dead = below * step_input.dead_neuron_mask * norms
-            losses["pre_act_loss"] = self.cfg.pre_act_loss_coefficient * self.shard.sum(dead.sum(dim=-1)).mean()
+            below = torch.relu(entries.of_latents(self.threshold.to(pre.dtype)) - pre)
+            dead = entries.row_sums(below, step_input.dead_neuron_mask * norms)
+            losses["pre_act_loss"] = self.cfg.pre_act_loss_coefficient * self.shard.sum(dead).mean()
         return losses
 
-    def _estimated(self, hidden_pre: Tensor, times: Tensor | None = None) -> Tensor:
-        """1 where a pre-activation is above its threshold, else 0; times the pre-activation if it is given."""
-        threshold = self.threshold.to(hidden_pre.dtype)
-        return _Jump.apply(
-            hidden_pre, threshold, self.cfg.jumprelu_bandwidth, self.cfg.jumprelu_ste_to_input, times is not None
-        )
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        return self.losses_at(step_input, AllEntries(hidden_pre), hidden_pre, feature_acts)
+
+    def _estimated(self, entries: Entries, pre: Tensor, *, times_input: bool = False) -> Tensor:
+        """1 where a pre-activation is above its threshold, else 0; or that times the pre-activation."""
+        threshold = entries.of_latents(self.threshold.to(pre.dtype))
+        return _Jump.apply(pre, threshold, self.cfg.jumprelu_bandwidth, self.cfg.jumprelu_ste_to_input, times_input)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
@@ -121,8 +135,8 @@ class _Jump(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, threshold)
         ctx.bandwidth, ctx.ste_to_input, ctx.times_input = bandwidth, ste_to_input, times_input
-        above = (x > threshold).to(x.dtype)
-        return x * above if times_input else above
+        # What is not a number must reach the loss, and −∞, which is below any threshold, must not become one.
+        return torch.where(x <= threshold, 0, x) if times_input else (x > threshold).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -135,4 +149,4 @@ class _Jump(torch.autograd.Function):
         if ctx.times_input:
             above = (x > threshold) * grad
             grad_x = above if grad_x is None else above + grad_x
-        return grad_x, -estimate.sum(0), None, None, None
+        return grad_x, -estimate.sum_to_size(threshold.shape), None, None, None

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_sae.collectives import Shard, select_topk
+from scale_sae.collectives import Shard
 from scale_sae.errors import UserError
 from scale_sae.saes.inference import SAE, SAEConfig, check_positive_integer, register_sae_class
+from scale_sae.selection import select_topk
 
 SMALLEST_NORM = 1e-8  # SAELens's floor under a decoder row's norm
 

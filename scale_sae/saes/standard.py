@@ -1,13 +1,15 @@
 """Standard SAEs: ReLU with an L1 penalty on the activations."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scale_sae.collectives import Shard
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
+from scale_sae.kernels.dense import AllEntries, Entries
+from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput
+from scale_sae.saes.entrywise import EntrywiseTrainingSAE, keeps_hooks
 
 
 @dataclass(kw_only=True)
@@ -38,33 +40,45 @@ def coefficient_problems(cfg: Any, coefficient: str, warm_up_steps: str) -> dict
     return found
 
 
-class StandardTrainingSAE(TrainingSAE):
+class StandardTrainingSAE(EntrywiseTrainingSAE):
     """SAELens's standard SAE: the penalty is the p-norm, per row, of the activations times their decoder norms."""
-
-    changed_in_step: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
 
+    @classmethod
+    def works_on_entries(cls) -> bool:
+        return keeps_hooks(cls, StandardTrainingSAE)
+
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.pre_activations(x, self.b_enc)
-        return self.activation_fn(hidden_pre), hidden_pre
+    @property
+    def encoder_bias(self) -> Tensor:
+        return self.b_enc
+
+    def may_count(self, pre: Tensor, step_input: TrainStepInput) -> Tensor:
+        return (pre <= 0).logical_not_()
+
+    def activate(self, entries: Entries, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return self.activation_fn(pre), pre
+
+    def losses_at(
+        self, step_input: TrainStepInput, entries: Entries, pre: Tensor, feature_acts: Tensor
+    ) -> dict[str, Tensor]:
+        norms, p = self.W_dec.norm(dim=1), self.cfg.lp_norm
+        if p == 1:
+            per_row = self.shard.sum(entries.row_sums(feature_acts.abs(), norms))
+        else:
+            weighted = feature_acts * entries.of_latents(norms)
+            # Powers of 0 have no slope to follow; a row without activations has norm 0 and pulls at nothing.
+            none = weighted == 0
+            powers = torch.where(none, 0, weighted.abs().masked_fill(none, 1) ** p)
+            per_row = self.shard.sum(entries.row_sums(powers)) ** (1 / p)
+        return {"l1_loss": step_input.coefficients["l1"] * per_row.mean()}
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        weighted = feature_acts * self.W_dec.norm(dim=1)
-        return {"l1_loss": step_input.coefficients["l1"] * self._norm_over_latents(weighted).mean()}
-
-    def _norm_over_latents(self, acts: Tensor) -> Tensor:
-        """The p-norm of each row of ``[B, n_local]`` over the latents of all shards, ``[B]``."""
-        p = self.cfg.lp_norm
-        if p == 1:
-            return self.shard.sum(acts.abs().sum(dim=-1))
-        # Powers of 0 have no slope to follow; a row without activations has norm 0 and pulls at nothing.
-        powers = torch.where(acts == 0, 0, acts.abs().masked_fill(acts == 0, 1) ** p)
-        return self.shard.sum(powers.sum(dim=-1)) ** (1 / p)
+        return self.losses_at(step_input, AllEntries(hidden_pre), hidden_pre, feature_acts)

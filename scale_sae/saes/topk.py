@@ -1,14 +1,23 @@
 """TopK SAEs in sparse codes: each row keeps its k best latents; dead latents learn what these leave over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from scale_sae.collectives import Shard, select_topk
-from scale_sae.kernels.codes import Codes, decode_selected, encode_latents, encode_selected
+from scale_sae.collectives import Shard
+from scale_sae.kernels import workspace
+from scale_sae.kernels.codes import (
+    Codes,
+    Columns,
+    Decoder,
+    Encoder,
+    decode_columns,
+    decode_selected,
+    encode_selected,
+)
 from scale_sae.saes.base import (
     SparseTrainStepOutput,
     TrainingSAE,
@@ -17,6 +26,7 @@ from scale_sae.saes.base import (
     TrainStepOutput,
 )
 from scale_sae.saes.released import decoder_norms
+from scale_sae.selection import Selection, TopK
 
 # What a subclass may replace only on dense activations: the sparse step does not call it.
 DENSE_HOOKS = (
@@ -96,13 +106,13 @@ class TopKTrainingSAE(TrainingSAE):
 
     # ---- what the kinds of TopK differ in ---------------------------------------------------------------------------
 
-    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, latents), row-major, of the ``[B, n]`` scores of this shard, or of a slice, that stay active."""
-        return select_topk(scores, self.cfg.k, self.shard)
+    def selection(self, n_rows: int) -> Selection:
+        """What takes the scores of a batch, of which this rank has ``n_rows``, and says which stay active."""
+        return TopK(self.cfg.k, self.shard)
 
-    def aux_ranking(self, dead_scores: Tensor) -> Tensor:
-        """What dead latents are chosen by, of their scores: by these themselves, of either sign."""
-        return dead_scores
+    def aux_selection(self) -> Selection:
+        """What chooses k_aux dead latents of each row: by their scores, of either sign."""
+        return TopK(self.k_aux, self.shard, signed=True)
 
     def level_ends(self) -> list[int]:
         """Where each level ends among this shard's latents, the last with all of them."""
@@ -130,19 +140,14 @@ class TopKTrainingSAE(TrainingSAE):
         x = self.row_norm.normalize(step_input.sae_in.to(self.dtype))
         shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
         centred = x if shift is None else x - shift.detach()
-        scores, scale = self._scores(centred)
-        rows, latents = self.select(scores)
-        codes = Codes(rows, latents, scores[rows, latents], *scores.shape)
-        _ = codes.by_latent  # worked out once, for all that share these entries
-        pre = codes.with_values(codes.values / scale[latents])
-        pre_acts = encode_selected(pre, centred, shift, self.W_enc_rows, self.b_enc)
-
-        partial = [self._decode_levels(pre_acts, codes)]
         parts = self._parts(step_input)
-        for part in parts:
-            dead = dead_latents(step_input, part)
-            values = encode_latents(scores[:, dead] / scale[dead], dead, centred, shift, self.W_enc_rows, self.b_enc)
-            partial.append(self._decode_dead(values, scores[:, dead], dead, part))
+        codes, pre_acts, columns = self._select(centred, parts, [dead_latents(step_input, part) for part in parts])
+
+        collected = self.row_gradients or {}
+        encoder = Encoder(centred, shift, self.W_enc_rows, self.b_enc, collected.get("W_enc_rows"))
+        decoder = Decoder(self.W_dec, collected.get("W_dec"))
+        partial = [self._decode_levels(encode_selected(codes.with_values(pre_acts), encoder), codes, decoder)]
+        partial += [decode_columns(some, encoder, decoder) for some in columns]
         n_levels = len(self.level_ends())
         whole = self.shard.sum(torch.cat(partial)).unflatten(0, (n_levels + len(parts), len(x)))
         outputs = self.row_norm.restore(whole[:n_levels].cumsum(0) + self.b_dec)
@@ -164,40 +169,65 @@ class TopKTrainingSAE(TrainingSAE):
         )
 
     @torch.no_grad()
-    def _scores(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """What the selection goes by, ``[B, n_local]``, and its factor over the pre-activations, ``[n_local]``."""
-        scores = centred @ self.W_enc
-        if not self.cfg.rescale_acts_by_decoder_norm:
-            return scores.add_(self.b_enc), torch.ones_like(self.b_enc)
-        norms = decoder_norms(self.W_dec)
-        # (scores + b_enc) * norms in one pass over the scores.
-        return torch.addcmul(self.b_enc * norms, scores, norms, out=scores), norms
+    def _select(self, centred: Tensor, parts: list[AuxPart], dead: list[Tensor]) -> tuple[Codes, Tensor, list[Columns]]:
+        """The codes of a batch, their pre-activations, and the pre-activations of each part's chosen dead latents."""
+        scale, bias = self._scale_and_bias()
+        selection = self.selection(len(centred))
+        # Where there are no more dead latents than may be chosen, all are.
+        choices = [self.aux_selection() if part.num_dead > self.k_aux else None for part in parts]
+        others = [_DeadScores(latents, choice) for latents, choice in zip(dead, choices, strict=True)]
+        for block in self._score_blocks(centred):
+            selection.add(block, scale, bias)
+            for dead_scores in others:
+                dead_scores.add(block)
+        rows, latents, scores = selection.choose()
+        codes = Codes(
+            rows, latents, scores.to(torch.promote_types(self.dtype, torch.float32)), len(centred), self.n_local
+        )
+        _ = codes.by_latent  # worked out once, for all that share these entries
+        pre_acts = codes.values if scale is None else codes.values / scale[latents]
+        columns = [
+            part.columns(len(centred), self.k_aux, scale, self.block_rows(len(part.latents) + 1)) for part in others
+        ]
+        return codes, pre_acts, columns
 
-    def _decode_levels(self, pre_acts: Tensor, codes: Codes) -> Tensor:
+    @torch.no_grad()
+    def select_from(self, sae_in: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """What a selection chooses of the scores of ``sae_in [B, d_in]`` with these weights: see its ``choose``."""
+        if self.works_on_codes():
+            for scores in self._score_blocks(self.process_sae_in(sae_in)):
+                selection.add(scores, *self._scale_and_bias())
+        else:
+            selection.add(self._hidden_pre(sae_in))
+        return selection.choose()
+
+    def _scale_and_bias(self) -> tuple[Tensor | None, Tensor]:
+        """What makes scores, by which latents are selected, of ``x @ W_enc``: factors and summands, ``[n_local]``."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return None, self.b_enc.detach()
+        norms = decoder_norms(self.W_dec.detach())
+        return norms, self.b_enc.detach() * norms
+
+    @torch.no_grad()
+    def _score_blocks(self, centred: Tensor) -> Iterator[Tensor]:
+        """``centred @ W_enc``, block by block of rows: ``[b, n_local]``, valid until the next is made."""
+        for rows in centred.split(self.block_rows(self.n_local)):
+            scores = workspace.take(len(rows), self.n_local, self.dtype, rows.device)
+            yield torch.mm(rows, self.W_enc, out=scores)
+
+    def _decode_levels(self, pre_acts: Tensor, codes: Codes, decoder: Decoder) -> Tensor:
         """What the latents that each level adds decode to, as far as they are here: ``[levels · B, d_out]``."""
         ends = self.level_ends()
         if len(ends) == 1:
-            return decode_selected(pre_acts, codes, self.W_dec)
+            return decode_selected(pre_acts, codes, decoder)
         level = torch.bucketize(codes.latents, torch.tensor(ends, device=codes.latents.device), right=True)
         rows, order = (level * codes.n_rows + codes.rows).sort(stable=True)
         by_level = Codes(rows, codes.latents[order], codes.values[order], len(ends) * codes.n_rows, codes.n_latents)
-        return decode_selected(pre_acts[order], by_level, self.W_dec)
+        return decode_selected(pre_acts[order], by_level, decoder)
 
     def _parts(self, step_input: TrainStepInput) -> list[AuxPart]:
         """``aux_parts``, where AuxK is on and something is dead."""
         return self.aux_parts(step_input) if step_input.num_dead and self.cfg.aux_loss_coefficient else []
-
-    def _decode_dead(self, values: Tensor, dead_scores: Tensor, dead: Tensor, part: AuxPart) -> Tensor:
-        """This shard's part of what each row's k_aux best dead latents, of either sign, decode to: ``[B, d_out]``.
-
-        Dense over the dead latents, ``values [B, n_dead]``: k_aux is a good part of them or all.
-        """
-        if part.num_dead > self.k_aux:
-            chosen = torch.zeros_like(dead_scores, dtype=torch.bool)
-            ranking = self.aux_ranking(dead_scores.detach())
-            chosen[select_topk(ranking, self.k_aux, self.shard, signed=True)] = True
-            values = values.masked_fill(~chosen, 0)
-        return values @ self.W_dec.index_select(0, dead)
 
     def _aux_loss(
         self, parts: list[AuxPart], recons: Tensor | list[Tensor], residuals: list[Tensor], sae_out: Tensor
@@ -217,7 +247,9 @@ class TopKTrainingSAE(TrainingSAE):
         return self._activate
 
     def _activate(self, hidden_pre: Tensor) -> Tensor:
-        return keep(hidden_pre, *self.select(hidden_pre.detach()))
+        selection = self.selection(len(hidden_pre))
+        selection.add(hidden_pre.detach())
+        return keep(hidden_pre, *selection.choose()[:2])
 
     def _hidden_pre(self, sae_in: Tensor) -> Tensor:
         hidden_pre = self.pre_activations(sae_in, self.b_enc)
@@ -244,8 +276,13 @@ class TopKTrainingSAE(TrainingSAE):
         for part in parts:
             dead = dead_latents(step_input, part)
             norms = decoder_norms(self.W_dec[dead]) if self.cfg.rescale_acts_by_decoder_norm else 1
-            values = hidden_pre[:, dead] / norms
-            recons.append(self.shard.sum(self._decode_dead(values, hidden_pre[:, dead], dead, part)))
+            scores = hidden_pre[:, dead]
+            values = scores / norms
+            if part.num_dead > self.k_aux:
+                selection = self.aux_selection()
+                selection.add(scores.detach())
+                values = keep(values, *selection.choose()[:2])
+            recons.append(self.shard.sum(values @ self.W_dec.index_select(0, dead)))
             inner = slice(0, ends[part.level])
             output = self.add_skip(self.decode(feature_acts[:, inner], inner), step_input.sae_in)
             residuals.append((step_input.target - output).detach())
@@ -286,11 +323,42 @@ class AbsTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 class AbsTopKTrainingSAE(TopKTrainingSAE):
     """SAELens's AbsTopK SAE: each row keeps the k latents largest in magnitude, with their sign."""
 
-    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return super().select(scores.abs())
+    def selection(self, n_rows: int) -> Selection:
+        return TopK(self.cfg.k, self.shard, magnitude=True)
 
-    def aux_ranking(self, dead_scores: Tensor) -> Tensor:
-        return dead_scores.abs()
+    def aux_selection(self) -> Selection:
+        return TopK(self.k_aux, self.shard, signed=True, magnitude=True)
+
+
+class _DeadScores:
+    """The scores of a part's dead latents: all of them, or those that a selection chooses."""
+
+    def __init__(self, latents: Tensor, selection: Selection | None):
+        """``latents``: int64, local numbers; ``selection``: None where all are chosen."""
+        self.latents, self.selection = latents, selection
+        self.blocks: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        """Takes the scores ``[b, n_local]`` of the next rows."""
+        dead = scores.index_select(1, self.latents)
+        if self.selection is None:
+            self.blocks.append(dead)
+        else:
+            self.selection.add(dead)
+
+    def columns(self, n_rows: int, most: int, scale: Tensor | None, block_rows: int) -> Columns:
+        """The pre-activations of the chosen, ``most`` in each of ``n_rows`` rows; ``scale`` made scores of them."""
+        of_latents = None if scale is None else scale[self.latents]
+        if self.selection is None:
+            scores = torch.cat(self.blocks)
+            return Columns(self.latents, scores if of_latents is None else scores / of_latents, None, block_rows)
+        rows, chosen, scores = self.selection.choose()
+        values = scores.new_zeros(n_rows, min(most, len(self.latents)))
+        places = torch.full(values.shape, -1, dtype=torch.int64, device=rows.device)
+        slots = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        values[rows, slots] = scores if of_latents is None else scores / of_latents[chosen]
+        places[rows, slots] = chosen
+        return Columns(self.latents, values, places, block_rows)
 
 
 def keep(hidden_pre: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
