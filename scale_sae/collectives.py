@@ -56,6 +56,19 @@ class Ranks:
         _complete(partial(_all_gather_flat, gathered, x.detach().reshape(-1).contiguous(), group=self.group))
         return gathered.view(self.size, *x.shape)
 
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins an ``all_gather``; what it returns waits for the result, and is called once."""
+        if self.size == 1:
+            return partial(self.all_gather, x)
+        gathered = x.new_empty(self.size * x.numel())
+        work = _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return gathered.view(self.size, *x.shape)
+
+        return finish
+
     def sum_in_order(self, x: Tensor) -> Tensor:
         """As ``all_reduce``, for a small ``x``: equal parts give equal bits in every group of ranks.
 

@@ -27,7 +27,8 @@ class ModelConfig:
     revision: str | None = None
     # Whether code that comes with the model may run.
     trust_remote_code: bool = False
-    # Run the model through torch.compile: slower first chunks, then faster ones. It rounds otherwise in the last bits.
+    # Run the model through torch.compile: the first chunk takes up to minutes, the others less time, on GPUs above all.
+    # Activations then differ by rounding (of float32 in a float64 model too, whose norms are float32), also over lm.tp.
     compile: bool = False
 
 

@@ -93,10 +93,12 @@ class Trainer:
             for i in self.group.jobs
         ]
         for job in self.jobs:
-            job.sae.pre_activation_mib = config.topology.pre_activation_mib
+            job.sae.pre_activation_bytes = config.topology.pre_activation_mib * 2**20
         lanes = topology.plan.lane_block(self.group, topology.rank)
         own_widths = {name: widths[name] for name in self.group.hookpoints}
         self.buffer = LaneBuffer(own_widths, lanes, schedule, config.seed, dtype, topology.device)
+        # What gives the next batch, by hookpoint: its rows are in the buffer yet, and on their way to the shards.
+        self.ahead: dict[str, Callable[[], Tensor]] = {}
         self.cursor: dict[str, Any] = {}
         self.chunks_inserted = 0
         # Rows that were lost with the buffers of checkpoints without one.
@@ -137,17 +139,45 @@ class Trainer:
                 if stopped:
                     break
             asked = self._announce(stop_asked() or self.snapshots.failed)
-            self.text_ended = not self._fill(stream)
+            self.text_ended = not self.advance(stream, writer)
             if self.text_ended:
                 break
-            self._train_step(writer)
             if self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
+        for finish in self.ahead.values():
+            finish()
         self._check_non_finite()
         if self.saved_step != self.step:
             self.save()
         self.snapshots.wait()
         return stopped
+
+    def advance(self, stream: Stream, writer: MetricsWriter | None = None) -> bool:
+        """One step; False, and none, if the text ends before a whole batch.
+
+        The next step's rows are under way to the shards while this one computes.
+        """
+        if not self.ahead and not self._look_ahead(stream, self.step):
+            return False
+        if self.step == 0:
+            self._set_scales()
+        with record_function("wait for the batch"):
+            rows = {name: finish().flatten(0, 1) for name, finish in self.ahead.items()}
+        self.buffer.remove(self.step)
+        self.ahead = {}
+        if self.step + 1 < self.schedule.steps:
+            self._look_ahead(stream, self.step + 1)
+        self._train_step(rows, writer)
+        return True
+
+    def _look_ahead(self, stream: Stream, step: int) -> bool:
+        """Begins to gather the batch of ``step``, the next to be removed; False if the text ends before it is whole."""
+        if not self._fill(stream, step):
+            return False
+        with record_function("draw"):
+            parts = self.buffer.peek(step)
+        self.ahead = {name: self.topology.shard.start_all_gather(part) for name, part in parts.items()}
+        return True
 
     def _announce(self, stop: bool) -> tuple[dist.Work, Tensor]:
         flag = torch.tensor([int(stop)])
@@ -155,29 +185,26 @@ class Trainer:
         assert work is not None
         return work, flag
 
-    def _fill(self, stream: Stream) -> bool:
-        """Inserts exactly the chunks that draw ``self.step`` waits for; False if the text ends before a whole batch."""
-        while self.buffer.inserted < self.schedule.rows_before_draw(self.step):
+    def _fill(self, stream: Stream, step: int) -> bool:
+        """Inserts exactly the chunks that draw ``step`` waits for; False if the text ends before a whole batch."""
+        while self.buffer.inserted < self.schedule.rows_before_draw(step):
             chunk = stream.next_chunk()
             if chunk is None:
-                return self.buffer.inserted >= (self.step + 1) * self.schedule.batch
+                return self.buffer.inserted >= (step + 1) * self.schedule.batch
             self.buffer.insert(chunk.rows, chunk.count)
             self.cursor = chunk.cursor
             self.chunks_inserted = chunk.index + 1
         return True
 
-    def _train_step(self, writer: MetricsWriter | None) -> None:
+    def _train_step(self, rows: Mapping[str, Tensor], writer: MetricsWriter | None) -> None:
+        """One step on ``rows [batch, width]`` of each hookpoint."""
         step = self.step
         every = self.config.logging.log_every_steps
         is_logging_step = step == 0 or (step + 1) % every == 0 or step + 1 == self.schedule.steps
-        if step == 0:
-            self._set_scales()
-        rows, usable = {}, {}
-        with record_function("draw and gather"):
-            for name, part in self.buffer.draw(step).items():
-                rows[name] = self.topology.shard.all_gather(part).flatten(0, 1)
-                usable[name], non_finite, outliers = usable_rows(rows[name], self.topology.shard.dp)
-                self.left_out[name] += torch.stack([non_finite, outliers])
+        usable = {}
+        for name, some in rows.items():
+            usable[name], non_finite, outliers = usable_rows(some, self.topology.shard.dp)
+            self.left_out[name] += torch.stack([non_finite, outliers])
         batches = self._batches(rows, usable)
         jobs = [job for job in self.jobs if not job.frozen]
         steps = [

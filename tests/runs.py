@@ -91,15 +91,14 @@ def forked_run(config: Path, world: int, overrides: dict[str, Any] | None = None
     def worker(rank: int, world: int) -> dict[str, list[Tensor]]:
         drawn: dict[str, list[Tensor]] = {}
         if record:
-            original = LaneBuffer.draw
+            original = LaneBuffer.remove
 
-            def draw(self: LaneBuffer, step: int) -> dict[str, Tensor]:
-                batch = original(self, step)
-                for name, rows in batch.items():
-                    drawn.setdefault(name, []).append(rows.clone())
-                return batch
+            def remove(self: LaneBuffer, step: int) -> None:
+                for name, rows in self.peek(step).items():
+                    drawn.setdefault(name, []).append(rows)
+                original(self, step)
 
-            LaneBuffer.draw = draw  # type: ignore[method-assign]
+            LaneBuffer.remove = remove  # type: ignore[method-assign]
         code = train.run(str(config), (), overrides or {})
         assert code == 0, f"exit code {code}"
         return drawn

@@ -163,8 +163,8 @@ def run_until_stopped(config: Path, world: int, stop_at: int) -> None:
     def worker(rank: int, world: int) -> None:
         original = Trainer._train_step
 
-        def step(self: Trainer, writer: Any) -> None:
-            original(self, writer)
+        def step(self: Trainer, *args: Any) -> None:
+            original(self, *args)
             if self.step == stop_at and self.is_main:
                 (self.run_dir / "stop").touch()
 

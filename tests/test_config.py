@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from scale_sae import config, train
@@ -460,3 +461,16 @@ def test_help_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
         "--topology.sae.tp=1",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_either_way(allowed: bool) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        train.set_tf32(allowed)
+        # Both of torch's ways of reading it, which raises where they have been mixed.
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -289,7 +289,7 @@ def test_a_user_error_in_one_sae_ends_the_run_on_every_rank(tmp_path: Path) -> N
             threading.current_thread().sae = job.spec.sae_id if args[3] == 4 else ""  # type: ignore[attr-defined]
             return step(job, *args)
 
-        TopKTrainingSAE._select = fails  # type: ignore[method-assign]
+        TopKTrainingSAE._select = fails  # type: ignore[method-assign,assignment]
         JobTrainer.step = stepped  # type: ignore[method-assign,assignment]
         seen: list[Trainer] = []
         with pytest.raises(UserError, match="of no use"):

@@ -15,7 +15,6 @@ from scale_sae.kernels.codes import (
     decode_columns,
     decode_selected,
     dot_rows,
-    encode_dense,
     encode_selected,
     scatter_rows,
 )
@@ -150,48 +149,6 @@ def test_gradients_of_columns(latents: list[int], all_chosen: bool, block_rows: 
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     grads = [torch.autograd.grad(out, inputs, upstream, materialize_grads=True) for out in (found, expected)]
     torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("with_shift", [True, False])
-def test_dense_pre_activations_and_their_gradients(with_shift: bool) -> None:
-    x = torch.randn(6, 4).double()
-
-    def encode(shift: Tensor, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-        shifted = x - shift.detach() if with_shift else x
-        return encode_dense(shifted, shift if with_shift else None, W_enc_rows, b_enc)
-
-    inputs = [torch.randn(shape).double().requires_grad_() for shape in ((4,), (9, 4), (9,))]
-    expected = (x - inputs[0] if with_shift else x) @ inputs[1].T + inputs[2]
-    torch.testing.assert_close(encode(*inputs), expected, rtol=1e-14, atol=1e-14)
-
-    upstream = torch.randn(6, 9).double()
-    actual, wanted = (
-        torch.autograd.grad(output, inputs, upstream, materialize_grads=True) for output in (encode(*inputs), expected)
-    )
-    torch.testing.assert_close(actual, wanted, rtol=1e-13, atol=1e-13)
-    assert with_shift == bool(actual[0].any())
-
-
-class _Products(TorchDispatchMode):
-    """Notes the multiplications of each matrix product that runs under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.__name__.split(".")[0] in ("mm", "addmm", "mv"):
-            left, right = args[-2:]
-            self.sizes.append(left.numel() * (right.shape[1] if right.dim() == 2 else 1))
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_shift_s_gradient_costs_no_product_of_the_batch() -> None:
-    x, shift = torch.randn(32, 4), torch.randn(4).requires_grad_()
-    W_enc_rows, b_enc = torch.randn(64, 4).requires_grad_(), torch.randn(64).requires_grad_()
-    with _Products() as products:
-        encode_dense(x, shift, W_enc_rows, b_enc).square().sum().backward()
-    assert sorted(products.sizes) == [4 * 64, 32 * 4 * 64, 32 * 4 * 64]
 
 
 class _LargestTensor(TorchDispatchMode):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_sae"
 # From the bottom up; a module may import what stands on a line above its own, or beside it.
 LAYERS = [
     {"errors", "seeds", "embedded", "interleave"},
-    {"config_parsing", "collectives", "kernels", "tensorfile"},
+    {"config_parsing", "collectives", "kernels", "tensorfile", "selection", "profiling"},
     {"config_schema"},
     {"config"},
     {"topology", "saes"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"job_trainer"},
     {"snapshots"},
     {"trainer"},
-    {"train", "consolidate", "evaluate", "reconstruction", "cli"},
+    {"train", "consolidate", "evaluate", "reconstruction", "cli", "bench"},
 ]
 # A script that trains the model which comes with the package, beside the commands.
 EXEMPT = {"embedded.train"}

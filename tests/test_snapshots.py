@@ -52,13 +52,13 @@ def before_each_file(act: Callable[[int], None]) -> None:
 
 def before_each_draw(act: Callable[[int], None]) -> None:
     """Lets the training thread of this rank call ``act(step)`` before it draws the batch of ``step``."""
-    original = LaneBuffer.draw
+    original = LaneBuffer.remove
 
-    def draw(self: LaneBuffer, step: int) -> dict[str, Tensor]:
+    def remove(self: LaneBuffer, step: int) -> None:
         act(step)
-        return original(self, step)
+        original(self, step)
 
-    LaneBuffer.draw = draw  # type: ignore[method-assign]
+    LaneBuffer.remove = remove  # type: ignore[method-assign]
 
 
 def run(path: Path, world: int, prepare: Callable[[int], None], **overrides: Any) -> list[tuple[int, str]]:
@@ -397,14 +397,13 @@ def recorded(path: Path, world: int) -> tuple[Tensor, str]:
 
     def worker(rank: int, world: int) -> tuple[list[Tensor], str]:
         drawn: list[Tensor] = []
-        original = LaneBuffer.draw
+        original = LaneBuffer.remove
 
-        def draw(self: LaneBuffer, step: int) -> dict[str, Tensor]:
-            batch = original(self, step)
-            drawn.extend(rows.clone() for name, rows in batch.items() if name == "model.layers.0")
-            return batch
+        def remove(self: LaneBuffer, step: int) -> None:
+            drawn.extend(rows for name, rows in self.peek(step).items() if name == "model.layers.0")
+            original(self, step)
 
-        LaneBuffer.draw = draw  # type: ignore[method-assign]
+        LaneBuffer.remove = remove  # type: ignore[method-assign]
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             code = train.run(str(path), (), {})

@@ -269,10 +269,10 @@ def measured(tp: int, dp: int, dtype: str, folder: Path) -> list[list[Message]]:
         trainer = Trainer(run, specs, {stream.IN: D_IN}, schedule(run, stream.CHUNK), place, getattr(torch, dtype))
         train_step = trainer._train_step
 
-        def step(writer: None) -> None:
+        def step(rows: Any, writer: None) -> None:
             for job in trainer.jobs:
                 kill(job)
-            train_step(writer)
+            train_step(rows, writer)
 
         trainer._train_step = step  # type: ignore[method-assign,assignment]
         trainer.fit(stream.Rows(rows, trainer), lambda: False, None)

@@ -15,9 +15,10 @@ from scale_sae import checkpoint, config, topology
 from scale_sae.activations.buffer import rows_of_lanes
 from scale_sae.activations.schedule import schedule
 from scale_sae.activations.transport import ReceivedChunk
+from scale_sae.collectives import Ranks, Shard
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import resolve
-from scale_sae.saes import TrainingSAE, TrainStepInput, TrainStepOutput
+from scale_sae.saes import StandardTrainingSAE, TrainStepInput, TrainStepOutput
 from scale_sae.trainer import Trainer
 
 IN, OUT = "model.layers.1.mlp:in", "model.layers.1.mlp"
@@ -166,13 +167,13 @@ def test_the_scale_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows[OUT][6, 0] = torch.nan
     saes = [{**TRANSCODER, **SCALED}, {**AT_IN, **SCALED}, {**AT_IN, "name": "plain"}]
     inputs: dict[int, tuple[Tensor, Tensor]] = {}
-    forward = TrainingSAE.training_forward_pass
+    forward = StandardTrainingSAE.training_forward_pass
 
-    def watch(self: TrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
+    def watch(self: StandardTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
         inputs.setdefault(id(self), (step_input.sae_in, step_input.target))
         return forward(self, step_input)
 
-    monkeypatch.setattr(TrainingSAE, "training_forward_pass", watch)
+    monkeypatch.setattr(StandardTrainingSAE, "training_forward_pass", watch)
     filled = {IN: torch.arange(buffer) != 5, OUT: torch.arange(buffer) != 6}
     expected = {name: 16 / rows[name][:buffer][keep].norm(dim=1).mean().item() for name, keep in filled.items()}  # √256
     found = {}
@@ -209,3 +210,33 @@ def test_the_scale_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         stored = load_file(checkpoint.sae_folder(saved, f"{IN}/{name}") / checkpoint.REPLICATED)
         assert stored["activation_scale"].dtype == stored["target_scale"].dtype == torch.float64
         assert (stored["activation_scale"].item(), stored["target_scale"].item()) == (scale, target_scale)
+
+
+def test_the_next_batch_is_under_way_while_a_step_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 4
+    run = config_of(tmp_path, [AT_IN], steps * BATCH, 2)
+    events: list[tuple[str, int]] = []
+    start, step = Ranks.start_all_gather, JobTrainer.step
+
+    def started(ranks: Ranks, x: Tensor) -> Callable[[], Tensor]:
+        number = sum(name == "begin" for name, _ in events)
+        events.append(("begin", number))
+        finish = start(ranks, x)
+
+        def finished() -> Tensor:
+            events.append(("wait", number))
+            return finish()
+
+        return finished
+
+    def stepped(job: JobTrainer, *args: Any) -> Any:
+        events.append(("step", args[3]))
+        return step(job, *args)
+
+    monkeypatch.setattr(Shard, "start_all_gather", started)
+    monkeypatch.setattr(JobTrainer, "step", stepped)
+    expected = [("begin", 0)]
+    for number in range(steps):
+        ahead = [("begin", number + 1)] if number + 1 < steps else []
+        expected += [("wait", number), *ahead, ("step", number)]
+    assert train(run, made_up_rows(steps * BATCH), lambda trainer: events) == [expected] * 2

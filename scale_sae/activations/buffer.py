@@ -74,34 +74,44 @@ class LaneBuffer:
             rows.flatten(0, 1).index_copy_(0, target, chunk[name][: len(index)].to(rows.device))
         self.inserted += count
 
-    def draw(self, step: int) -> dict[str, Tensor]:
-        """Removes and returns this rank's part of batch ``step``: ``[batch / lanes * len(lanes), width]`` each.
+    def peek(self, step: int) -> dict[str, Tensor]:
+        """This rank's part of batch ``step``, the next, a copy: ``[batch / lanes * len(lanes), width]`` each."""
+        _, picks = self._picks(step)
+        taken = (self._base() + picks).flatten()
+        return {name: rows.flatten(0, 1)[taken.to(rows.device)] for name, rows in self.rows.items()}
 
-        Picked rows leave holes; the last rows of the lane that were not picked fill them, both in ascending order.
+    def remove(self, step: int) -> None:
+        """Removes the rows of batch ``step``, the next.
+
+        They leave holes; the last rows of the lane that are not of the batch fill them, both in ascending order.
         """
+        counts, picks = self._picks(step)
+        left = counts - picks.shape[1]
+        tail = left[:, None] + torch.arange(picks.shape[1])
+        ordered = picks.sort(1).values
+        tail_is_picked = ordered.gather(1, torch.searchsorted(ordered, tail).clamp_(max=picks.shape[1] - 1)) == tail
+        movers = (self._base() + tail)[~tail_is_picked]
+        holes = (self._base() + ordered)[ordered < left[:, None]]
+        for rows in self.rows.values():
+            flat = rows.flatten(0, 1)
+            flat[holes.to(rows.device)] = flat[movers.to(rows.device)]
+        self.draws += 1
+
+    def _picks(self, step: int) -> tuple[Tensor, Tensor]:
+        """Filled slots of each lane, and which of them batch ``step`` takes, ``[len(lanes), batch / lanes]``."""
         per_lane = self.schedule.batch // self.schedule.lanes
         counts = self.counts()
         assert step == self.draws and int(counts.min()) >= per_lane
-        picks = torch.stack(
+        return counts, torch.stack(
             [
                 torch.randperm(count, generator=generator(self.seed, "draw", lane, step))[:per_lane]
                 for lane, count in zip(self.lanes, counts.tolist(), strict=True)
             ]
         )
-        tail = (counts - per_lane)[:, None] + torch.arange(per_lane)
-        base = torch.arange(len(self.lanes))[:, None] * self.capacity
-        ordered = picks.sort(1).values
-        tail_is_picked = ordered.gather(1, torch.searchsorted(ordered, tail).clamp_(max=per_lane - 1)) == tail
-        movers = (base + tail)[~tail_is_picked]
-        holes = (base + ordered)[ordered < (counts - per_lane)[:, None]]
-        taken = (base + picks).flatten()
-        batch = {}
-        for name, rows in self.rows.items():
-            flat = rows.flatten(0, 1)
-            batch[name] = flat[taken.to(rows.device)]
-            flat[holes.to(rows.device)] = flat[movers.to(rows.device)]
-        self.draws += 1
-        return batch
+
+    def _base(self) -> Tensor:
+        """The first slot of each lane among all of them, ``[len(lanes), 1]``."""
+        return torch.arange(len(self.lanes))[:, None] * self.capacity
 
     def state(self) -> dict[str, Tensor]:
         """The filled part of every lane, ``[len(lanes), most filled slots of any lane, width]`` each (views)."""

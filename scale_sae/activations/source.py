@@ -25,6 +25,7 @@ from scale_sae.activations.architecture import (
     match_hookpoints,
     model_path,
 )
+from scale_sae.activations.compiled import compile_between, is_compiler_error
 from scale_sae.activations.device_map import MaxMemory
 from scale_sae.activations.tensor_parallel import parallelize
 from scale_sae.config import ModelConfig
@@ -86,6 +87,10 @@ class ActivationSource:
             placing = {"device_map": "balanced", "max_memory": dict(spread), "offload_folder": folder}
             self.model = _load(model, self.dtype, **placing)
         self._input_name = input_name(model)
+
+    def compile(self) -> None:
+        """Runs the model through torch.compile from now on; activations then differ by rounding."""
+        compile_between(self.model, self.hookpoints)
 
     @torch.no_grad()
     def capture(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -159,9 +164,14 @@ class ActivationSource:
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Any:
-        """A full forward; returns transformers' output object."""
+        """A full forward; returns transformers' output object. ``UserError`` where the model cannot be compiled."""
         dtype = self.dtype if inputs.is_floating_point() else inputs.dtype
-        return self.model(**{self._input_name: inputs.to(self.device, dtype)})
+        try:
+            return self.model(**{self._input_name: inputs.to(self.device, dtype)})
+        except Exception as error:
+            if is_compiler_error(error):
+                raise UserError(f"model.compile: true, but {first_line(error)}; set it to false") from error
+            raise
 
     def _whole(self, hookpoint: str, activation: Tensor) -> Tensor:
         """``activation`` with all of its columns, gathered over the mesh where a rank has only its own."""

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -159,14 +158,6 @@ def decode_columns(columns: Columns, encoder: Encoder, decoder: Decoder) -> Tens
     return _DecodeColumns.apply(columns, encoder, decoder, encoder.shift, encoder.W_rows, encoder.b, decoder.W)
 
 
-def encode_dense(x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-    """``(x - shift) @ W_enc_rowsᵀ + b_enc``, ``[n_rows, n_latents]``, with gradients for shift, W_enc_rows and b_enc.
-
-    ``x [n_rows, d_in]`` is the input after the shift; it gets no gradient.
-    """
-    return _EncodeDense.apply(x, shift, W_enc_rows, b_enc)
-
-
 class _EncodeSelected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Codes, encoder: Encoder, shift: Tensor | None, W_rows: Tensor, b: Tensor) -> Tensor:
@@ -255,21 +246,6 @@ def _rows_gradient(codes: Codes, table: Tensor, collected: Collected | None) -> 
     order, offsets = codes.by_latent
     collected.add_entries(codes.rows_by_latent, offsets, codes.values[order], table)
     return None
-
-
-class _EncodeDense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor | None, W_enc_rows: Tensor, b_enc: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W_enc_rows)
-        return F.linear(x, W_enc_rows, b_enc)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc_rows = ctx.saved_tensors
-        per_latent = grad.sum(0)
-        grad_shift = -(per_latent @ W_enc_rows) if ctx.needs_input_grad[1] else None
-        return None, grad_shift, grad.T @ x, per_latent
 
 
 def _offsets(sorted_keys: Tensor, n: int) -> Tensor:

@@ -17,9 +17,9 @@ from scale_sae.kernels import workspace
 from scale_sae.kernels.codes import Codes, Decoder, Encoder, decode_selected, encode_selected, scatter_rows
 
 # By type of device: the share of entries that count above which dense products of all take less time. For CPUs measured
-# on whole steps in float32: both took the same time at 0.1 for rows of 512 and 0.07 for rows of 1536, and the sparse one
-# less memory. For GPUs an estimate: a code's products each fetch a row, so for each column 4 bytes at 4 TB/s where a
-# dense product takes 2 operations at 400 TFLOP/s (bfloat16: half the bytes, twice the operations).
+# on whole steps in float32: both took the same time at 0.1 for rows of 512 and at 0.07 for rows of 1536. For GPUs an
+# estimate: each product of a code fetches a row, which per column is 4 bytes at 4 TB/s where a dense product takes 2
+# operations at 400 TFLOP/s (in bfloat16 half the bytes and twice the operations).
 DENSE_ABOVE = {"cpu": 0.06, "cuda": 0.005}
 
 

@@ -138,7 +138,7 @@ def round_stochastically(x: Tensor, seed: int, first: int) -> Tensor:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A hash of 32 bits, int64, whose result looks random: lowbias32 (Wellons 2018, "Prospecting for Hash Functions")."""
+    """A hash of 32 bits in an int64, as good as random: lowbias32 (Wellons 2018, "Prospecting for Hash Functions")."""
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & 0xFFFFFFFF
     h = h ^ (h >> 15)

@@ -203,7 +203,7 @@ class TrainingSAE(nn.Module, ABC):
         replicated: names of the parameters and buffers that are whole on every shard; all others are per latent.
         row_gradients: where the backward pass of a step on codes leaves the gradients of W_enc_rows and W_dec, by name,
             as products of sparse factors; None: in their ``grad``.
-        pre_activation_mib: most MiB of pre-activations that a step on codes makes at once.
+        pre_activation_bytes: most bytes of pre-activations that a step on codes makes at once.
         changed_in_step: names of the parameters that ``training_forward_pass`` itself changes in place; None: any may
             be, and with dp ranks all are copied after each forward pass.
     """
@@ -223,7 +223,7 @@ class TrainingSAE(nn.Module, ABC):
         self.d_out: int = getattr(cfg, "d_out", None) or cfg.d_in
         self.row_norm = row_norm(cfg.normalize_activations)
         self.row_gradients: dict[str, Collected] | None = None
-        self.pre_activation_mib = 512
+        self.pre_activation_bytes = 2**29
         self.W_enc_rows = self.zeros(self.n_local, cfg.d_in, device=device)
         self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
         self.b_dec = self.zeros(self.d_out, device=device)
@@ -244,7 +244,7 @@ class TrainingSAE(nn.Module, ABC):
 
     def block_rows(self, columns: int) -> int:
         """How many rows of a dense matrix with as many columns may exist at once."""
-        return max(1, self.pre_activation_mib * 2**20 // (columns * self.dtype.itemsize))
+        return max(1, self.pre_activation_bytes // (columns * self.dtype.itemsize))
 
     @property
     def W_enc(self) -> Tensor:

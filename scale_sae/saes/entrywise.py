@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scale_sae.kernels.dense import AllEntries, Entries, choose_entries
+from scale_sae.kernels.dense import AllEntries, Entries, choose_entries, encode_dense
 from scale_sae.saes.base import SparseTrainStepOutput, TrainingSAE, TrainStepInput, TrainStepOutput
 
 # What a subclass may replace only on dense activations: the step on entries does not call it.
@@ -60,7 +60,9 @@ class EntrywiseTrainingSAE(TrainingSAE):
         """What is added to the squared error, from values at entries."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pre = self.pre_activations(x, self.encoder_bias)
+        return self._activate_all(self.pre_activations(x, self.encoder_bias))
+
+    def _activate_all(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         return self.activate(AllEntries(pre), pre)
 
     def reconstruct(self, step_input: TrainStepInput, entries: Entries, values: Tensor) -> Tensor:
@@ -86,7 +88,8 @@ class EntrywiseTrainingSAE(TrainingSAE):
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             codes=entries.active(feature_acts),
-            dense=lambda: self.encode_with_hidden_pre(step_input.sae_in),
+            # From the same encoder: its shift must be summed over the shards once, whichever way each of them goes.
+            dense=lambda: self._activate_all(encode_dense(encoder)),
             loss=loss,
             losses=losses,
         )
