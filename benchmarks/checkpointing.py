@@ -21,41 +21,8 @@ import torch
 import torch.distributed as dist
 
 from scale_sae import config, topology
-from scale_sae.activations.schedule import schedule
-from scale_sae.activations.transport import ReceivedChunk
-from scale_sae.jobs import resolve
+from scale_sae.bench import RandomRows, trainer_of
 from scale_sae.trainer import Trainer
-
-
-class RandomRows:
-    """An endless stream of the same chunk of random rows, as many of it for this rank as its lanes take."""
-
-    def __init__(self, trainer: Trainer, rows: int):
-        buffer = trainer.buffer
-        most = trainer.schedule.most_rows(len(buffer.lanes))
-        self.count = rows
-        self.rows = {name: torch.randn_like(held.flatten(0, 1)[:most]) for name, held in buffer.rows.items()}
-        self.chunks = 0
-
-    def next_chunk(self) -> ReceivedChunk:
-        self.chunks += 1
-        return ReceivedChunk(self.chunks - 1, (self.chunks - 1) * self.count, self.count, self.rows, {})
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def trainer_of(
-    run: config.RunConfig, rank: int, device: torch.device, backend: str, store: dist.Store
-) -> tuple[Trainer, RandomRows]:
-    """This rank's trainer of a colocated run, and random rows in chunks of one batch."""
-    widths, specs = resolve(run)
-    planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
-    place = topology.build(planned, rank, device, backend, store)
-    sizes = schedule(run, 1)
-    sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
-    trainer = Trainer(run, specs, widths, sizes, place, getattr(torch, run.model.dtype))
-    return trainer, RandomRows(trainer, sizes.batch)
 
 
 def phase(trainer: Trainer, stream: RandomRows, steps: int, every: int | None, wait: bool) -> dict[str, Any]:
@@ -70,8 +37,7 @@ def phase(trainer: Trainer, stream: RandomRows, steps: int, every: int | None, w
     dist.barrier(trainer.topology.sae_control)
     begun = settle()
     for step in range(1, steps + 1):
-        trainer._fill(stream)
-        trainer._train_step(None)
+        trainer.advance(stream)
         if every and step % every == 0:
             before = settle()
             trainer.save()

@@ -22,9 +22,9 @@ from typing import Any
 import fire
 import torch
 import torch.distributed as dist
-from checkpointing import RandomRows, trainer_of
 
 from scale_sae import config, topology
+from scale_sae.bench import RandomRows, trainer_of
 from scale_sae.trainer import Trainer
 
 
@@ -39,8 +39,7 @@ def block(trainer: Trainer, stream: RandomRows, steps: int) -> tuple[float, floa
     dist.barrier(trainer.topology.sae_control)
     begun, used = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        trainer._fill(stream)
-        trainer._train_step(None)
+        trainer.advance(stream)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier(trainer.topology.sae_control)

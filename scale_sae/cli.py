@@ -5,7 +5,7 @@ import sys
 
 import fire
 
-COMMANDS = ("consolidate", "evaluate", "train")
+COMMANDS = ("bench", "consolidate", "evaluate", "train")
 
 
 def main() -> None:

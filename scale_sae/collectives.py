@@ -57,9 +57,9 @@ class Ranks:
         return gathered.view(self.size, *x.shape)
 
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begins an ``all_gather``; what it returns waits for the result, and is called once."""
+        """Begins an ``all_gather``; what it returns waits for the result, which may share the memory of ``x``."""
         if self.size == 1:
-            return partial(self.all_gather, x)
+            return lambda: x.detach()[None]
         gathered = x.new_empty(self.size * x.numel())
         work = _all_gather_flat(gathered, x.detach().reshape(-1).contiguous(), group=self.group, async_op=True)
 

@@ -16,6 +16,8 @@ from scale_sae.kernels import plain
 from scale_sae.kernels.rows import Collected, RowGradient
 from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
 
+_ROWS = 4096  # of a matrix that are compared at once: bounds the memory that it takes
+
 
 class LocalEngine:
     """Every rank owns all that it computes with: for dp = 1.
@@ -95,10 +97,11 @@ class LocalEngine:
         return grad
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Takes changed ``parameters`` over to the SAE's own, where these are narrower."""
+    def follow(self, names: Set[str] | None = None) -> None:
+        """Takes changed ``parameters`` (None: all) over to the SAE's own, where these are narrower."""
         for name, follower in self.narrow.items():
-            follower.copy_(self.parameters[name])
+            if names is None or name in names:
+                follower.copy_(self.parameters[name])
 
     @torch.no_grad()
     def _keep_changes(self, names: Set[str] | None) -> None:
@@ -109,16 +112,18 @@ class LocalEngine:
             parameter, changed = self.parameters[name], self.sae.get_parameter(name).detach()
             if name in self.divided:
                 changed = changed[self.own]
-            if changed.dtype != parameter.dtype:
+            if changed.dtype == parameter.dtype:
+                parameter.copy_(changed)
+                continue
+            for kept, new in zip(parameter.split(_ROWS), changed.split(_ROWS), strict=True):
                 # What is as we left it has not been changed, though it is not what we have.
-                changed = torch.where(changed == parameter.to(changed.dtype), parameter, changed.to(parameter.dtype))
-            parameter.copy_(changed)
+                kept.copy_(torch.where(new == kept.to(new.dtype), kept, new.to(kept.dtype)))
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, the SAE's parameters are whole, for reading and for changes in place."""
+    def whole(self, changes: bool) -> Iterator[None]:
+        """Inside, the SAE's parameters are whole, for reading and, with ``changes``, for changes in place."""
         yield
-        self._keep_changes(None)
+        self._keep_changes(None if changes else frozenset())
 
     @torch.no_grad()
     def fill(self, other: TrainingSAE) -> None:
@@ -209,11 +214,11 @@ class FSDP2Engine(DividingEngine):
         return grad if grad is None or name not in self.divided else grad.to_local()  # type: ignore[attr-defined]
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self, changes: bool) -> Iterator[None]:
         self.step.unshard()  # type: ignore[operator]
         try:
             yield
-            self._keep_changes(None)
+            self._keep_changes(None if changes else frozenset())
         finally:
             self.step.reshard()  # type: ignore[operator]
 

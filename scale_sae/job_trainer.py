@@ -88,7 +88,7 @@ class JobTrainer:
         self.scale.fill_(scale)
         self.target_scale.fill_(target_scale)
         if self.spec.init_from is not None:
-            with self.engine.whole():
+            with self.engine.whole(changes=True):
                 self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
 
     def step(
@@ -139,7 +139,7 @@ class JobTrainer:
     def fit_for_release(self) -> None:
         """Fits what the release alone needs to the last rows; before a checkpoint."""
         if self.last_rows is not None and not self.frozen:
-            with self.engine.whole():
+            with self.engine.whole(changes=False):
                 self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
 
     def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:

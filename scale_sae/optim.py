@@ -105,7 +105,7 @@ class Optimizer:
             self.adam.state[parameter] = self.state[name]
 
     def step(self, loss: Tensor, step: int, share: float = 1.0) -> Tensor:
-        """Backward, clip, update, and drop the gradients. Reads nothing from the device.
+        """Backward, clip, update, and drop the gradients.
 
         Args:
             loss: scalar, the same on every shard: a mean over this rank's rows.
@@ -133,7 +133,7 @@ class Optimizer:
         update.prepare(self.adam)
         self.adam.step()
         self.adam.zero_grad()
-        self.engine.follow()
+        self.engine.follow(self.engine.narrow.keys() - rows.keys())  # the rows' own have been written with them
         return update
 
     def _update_rows(self, name: str, gradient: RowGradient, update: "Update", step: int) -> None:

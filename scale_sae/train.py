@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from scale_sae import checkpoint, engine_settings, rundir, topology
+from scale_sae import checkpoint, engine_settings, profiling, rundir, topology
 from scale_sae.activations.device_map import bytes_off_device, max_memory
 from scale_sae.activations.schedule import Schedule, schedule
 from scale_sae.activations.source import ActivationSource, kept_positions
@@ -92,6 +92,7 @@ class Run:
         specs: list[JobSpec],
         widths: dict[str, int],
         stop: Stop,
+        profile_steps: range | None = None,
     ):
         self.config = config
         self.place = place
@@ -103,6 +104,9 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.schedule: Schedule = schedule(config, kept_positions(config.model, config.data))
         self.held: IO[str] | None = None
+        self.recorder: profiling.Recorder | None = None
+        if profile_steps is not None:
+            self.recorder = profiling.Recorder(profile_steps, self.run_dir, place.rank, place.store)
 
     @property
     def is_main(self) -> bool:
@@ -120,6 +124,8 @@ class Run:
 
     def lm_should_stop(self) -> bool:
         """Polled by LM ranks before each chunk; passes a signal on, and ends once the SAE ranks have agreed to."""
+        if self.recorder is not None and self.place.group is None:
+            self.recorder.follow()
         if self.stop.signalled:
             self.place.store.set("stop_asked", "1")
         return self.place.store.check(["stopping"])
@@ -183,11 +189,15 @@ class Run:
         # First what a user may have got wrong and is soon found out, then the model.
         trainer = agree(prepare_saes)
         chunks, source = agree(prepare_lm)
+        if self.recorder is not None and source is not None:
+            profiling.name_range(source, "capture", "LM forward")
         self._begin(found)
         forwarded: Sender | ColocatedExchange | None
         if trainer is None:
             assert source is not None
             forwarded = Sender(self.place, self.widths, self.schedule, self.dtype)
+            if self.recorder is not None:
+                profiling.name_range(forwarded, "send", "send")
             produce(self.place, source, forwarded, self.schedule, start, chunks, self.lm_should_stop)
         elif source is None:
             self._train_saes(trainer, Receiver(self.place, self.widths, self.schedule, self.dtype, start))
@@ -196,6 +206,8 @@ class Run:
             forwarded = ColocatedExchange(self.place, self.widths, self.schedule, self.dtype, start, chunks, source)
             self._train_saes(trainer, forwarded)
         self._wait_for_all()
+        if self.recorder is not None:
+            self.recorder.end()
         self._summarise(trainer, source, forwarded)
         agree(lambda: self._check_text(trainer))
 
@@ -205,6 +217,8 @@ class Run:
         if lm.parallel == "device_map":
             spread = max_memory(self.devices, lm.max_memory_gib, topology.local_world_size())
         source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh, spread)
+        if self.config.model.compile:
+            source.compile()
         if spread is not None and self.place.plan.replica_of(self.place.rank) == 0:
             away, whole = bytes_off_device(source.model)
             if away:
@@ -229,7 +243,9 @@ class Run:
                 self.run_dir, settings, self.schedule.steps, self.schedule.batch, trainer.step, to_dict(self.config)
             )
         with trainer.snapshots:
-            stopped = trainer.fit(stream, self.stop_asked, writer)
+            stopped = trainer.fit(stream, self._between_steps(trainer, stream), writer)
+        if self.recorder is not None:
+            self.recorder.end()
         if writer is not None:
             writer.close()
         if stopped:
@@ -237,6 +253,23 @@ class Run:
                 self.place.store.set("stopping", "1")
             self.say(f"stopped at step {trainer.step} as asked; the same command goes on from there")
         stream.close()
+
+    def _between_steps(self, trainer: Trainer, stream: Stream) -> Callable[[], bool]:
+        """What SAE ranks call before each step: whether a stop was asked for, and where they record, that it is one."""
+        recorder = self.recorder
+        if recorder is None:
+            return self.stop_asked
+        if trainer.step >= recorder.steps.stop:
+            self.say(f"note: --profile_steps: the run goes on at step {trainer.step}, so that nothing is recorded")
+        profiling.name_range(stream, "next_chunk", "wait for chunk")
+        profiling.name_range(trainer, "save", "checkpoint")
+        profiling.name_steps(trainer.jobs)
+
+        def between() -> bool:
+            recorder.reach(trainer.step)
+            return self.stop_asked()
+
+        return between
 
     def _wait_for_all(self) -> None:
         """LM ranks end long before the SAE ranks have used up the buffer; a signal to one of them still counts."""
@@ -281,6 +314,13 @@ class Run:
             )
 
 
+def set_tf32(allowed: bool) -> None:
+    """Whether NVIDIA GPUs multiply float32 in TF32; said either way, as cuDNN does so unless told not to."""
+    # Of torch's two ways to say it, which must not be mixed, the one that torch.compile can read back.
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def read_config(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> RunConfig:
     """The run's config from the command line's arguments; ``UserError`` for what is none."""
     if extra:
@@ -290,7 +330,7 @@ def read_config(path: object, extra: tuple[object, ...], overrides: dict[str, An
     return load(path, overrides)
 
 
-def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> int:
+def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any], profile_steps: object = None) -> int:
     """Trains; returns this rank's exit code. What a user can put right is one line of one rank."""
     rank, world_size, local_rank = topology.world_from_environment()
     # Cluster schedulers send SIGTERM to every process; the handler is there before anything slow begins.
@@ -305,6 +345,8 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
     try:
         store = topology.connect(rank, world_size, backend, base)
         config = agree(lambda: read_config(path, extra, overrides))
+        set_tf32(config.train.allow_tf32)
+        profiled = agree(lambda: profiling.parse_steps(profile_steps, schedule(config, 1).steps))
         agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
         devices = agree(lambda: topology.pick_devices(config.topology, rank, local_rank))
         widths, specs = agree(lambda: resolve(config))
@@ -316,7 +358,7 @@ def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any]) -> i
         place = topology.build(planned, rank, devices[0], backend, store, deepspeed)
         pulse.introduce(role_of(planned, rank))
         before = "\n"  # the main process may be in the middle of its progress bar's line
-        Run(config, place, devices, specs, widths, stop).train()
+        Run(config, place, devices, specs, widths, stop, profiled).train()
         pulse.leave()
         dist.barrier(group=place.control)
         pulse.stop()
@@ -344,20 +386,24 @@ def help_text() -> str:
                 yield f"  --{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}"
 
     usage = "usage: accelerate launch ... -m scale_sae.train --config C.yaml [--dotted.key=value ...]"
-    return "\n".join([usage, "", "keys of the config and their defaults:", *leaves(to_dict(example), "")])
+    options = (
+        "  --profile_steps=A:B   records steps A to B-1 on every rank, as RUN_DIR/profile/rank<r>.json.gz for Perfetto"
+    )
+    return "\n".join([usage, options, "", "keys of the config and their defaults:", *leaves(to_dict(example), "")])
 
 
-def main(config: str | None = None, *extra: object, **overrides: Any) -> None:
+def main(config: str | None = None, *extra: object, profile_steps: object = None, **overrides: Any) -> None:
     """Trains the SAEs of a config file; the same command goes on from the newest checkpoint.
 
     Args:
         config: the YAML file of the run.
+        profile_steps: A:B records steps A to B-1 on every rank, as RUN_DIR/profile/rank<r>.json.gz for Perfetto.
         overrides: any key of the config, dotted: --saes.0.k=64 --topology.sae.tp=4 --hookpoints='[model.layers.2]'
     """
     if overrides.keys() & {"help", "h"}:  # Fire hands them over, as it does every flag that is not declared
         print(help_text())
         return
-    code = run(config, extra, overrides)
+    code = run(config, extra, overrides, profile_steps)
     sys.stdout.flush()
     sys.stderr.flush()
     # At once: after a fault, other ranks' connections hang on this process, and its own threads wait for them.

@@ -146,6 +146,7 @@ class Trainer:
                 self.save()
         for finish in self.ahead.values():
             finish()
+        self.ahead = {}
         self._check_non_finite()
         if self.saved_step != self.step:
             self.save()

@@ -108,6 +108,7 @@ class ZeroOptimizer(Optimizer):
             engine.adam.state[part] = {"step": state["step"], **moments}
 
     def _update(self, rows: Mapping[str, RowGradient], loss: Tensor, step: int) -> Update:
+        assert not rows, "matrices that DeepSpeed does not update"
         rate = learning_rate(step, self.total_steps, self.settings)
         planned: list[Update] = []
 

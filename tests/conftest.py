@@ -9,6 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network: a missing model
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter. It reads this when it is imported, which any library may do;
+# processes that tests start do not inherit it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 # Forked ranks hang if their parent ever ran a multi-threaded operation.
 torch.set_num_threads(1)
 

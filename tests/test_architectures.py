@@ -168,7 +168,7 @@ def run_until_stopped(config: Path, world: int, stop_at: int) -> None:
             if self.step == stop_at and self.is_main:
                 (self.run_dir / "stop").touch()
 
-        Trainer._train_step = step  # type: ignore[method-assign]
+        Trainer._train_step = step  # type: ignore[method-assign,assignment]
         assert train.run(str(config), (), {}) == 0
 
     run_ranks(world, worker, timeout=180, init=False)

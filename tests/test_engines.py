@@ -341,7 +341,7 @@ def test_what_an_sae_changes_in_place_is_kept() -> None:
         )
         engine.backward(engine.training_forward_pass(step_input).loss)
         assert threshold.tolist() == [0.0] * 5 + [0.01] * 27
-        with engine.whole():
+        with engine.whole(changes=True):
             assert torch.equal(sae.get_parameter("W_dec"), before)
             sae.fold_activation_norm_scaling_factor(0.5)
         assert torch.equal(engine.parameters["W_dec"], 2 * before[engine.own])

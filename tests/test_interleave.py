@@ -322,7 +322,7 @@ def test_an_sae_computes_while_the_message_of_another_passes(tmp_path: Path) -> 
                 raise UserError("enough")
             return forward(self, step_input)
 
-        TopKTrainingSAE._score_blocks = computes  # type: ignore[method-assign]
+        TopKTrainingSAE._score_blocks = computes  # type: ignore[method-assign,assignment]
         TopKTrainingSAE.training_forward_pass = passes  # type: ignore[method-assign]
         with pytest.raises(UserError, match="enough"):
             stream.train_here(run, stream.made_up_rows(3 * stream.BATCH), lambda trainer: None, rank, world)

@@ -1,21 +1,23 @@
 """Gradients that are never written out, Adam on them, and what a step of the engine local holds in memory."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import run_ranks
 from saes_for_tests import shard_in_grid
 from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
-from scale_sae.engines import LocalEngine
+from scale_sae.engines import FSDP2Engine, LocalEngine
 from scale_sae.kernels import plain
 from scale_sae.kernels.rows import AdamStep, Collected, RowGradient
 from scale_sae.optim import Optimizer
+from scale_sae.saes import TopKTrainingSAE as TopK
 from scale_sae.saes import TrainingSAE, TrainStepInput, create, training_config
 
 N, D, ROWS = 37, 6, 20
@@ -68,9 +70,9 @@ def test_adam_on_products_equals_adam_on_the_dense_gradient(form: str) -> None:
         torch.testing.assert_close(plain.row_squares(gradient), dense.square().sum(1), rtol=1e-13, atol=1e-13)
         update = AdamStep(torch.tensor(float(step)), 0.01, 0.8, 0.9, clip, torch.tensor(False))
         skipped = [weight.clone(), *(moment.clone() for moment in moments)]
-        plain.adam_rows(gradient, weight, *moments, replace(update, skip=torch.tensor(True)))
+        plain.adam_rows(gradient, weight, moments[0], moments[1], replace(update, skip=torch.tensor(True)))
         assert all(torch.equal(a, b) for a, b in zip([weight, *moments], skipped, strict=True))
-        plain.adam_rows(gradient, weight, *moments, update, follower)
+        plain.adam_rows(gradient, weight, moments[0], moments[1], update, follower)
         parameter.grad = dense * clip
         adam.step()
         torch.testing.assert_close(weight, parameter.detach(), rtol=1e-12, atol=1e-12)
@@ -138,7 +140,7 @@ def test_collected_gradients_equal_those_of_autograd(architecture: str, num_dead
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-14)
 
 
-class Penalised(type(new("topk", Shard(), 12, 64))):  # type: ignore[misc]
+class Penalised(TopK):
     """A subclass with a term on the weights alone, whose gradient is dense."""
 
     def training_forward_pass(self, step_input: TrainStepInput) -> Any:
@@ -157,6 +159,48 @@ def test_terms_of_a_subclass_are_added() -> None:
     found = engine.backward(engine.training_forward_pass(step_input(x, saes[0], 0)).loss)
     saes[1].training_forward_pass(step_input(x, saes[1], 0)).loss.backward()
     torch.testing.assert_close(plain.dense_rows(found["W_dec"]), saes[1].W_dec.grad, rtol=1e-12, atol=1e-14)
+
+
+class Twice(TopK):
+    """Compares what two views of the batch reconstruct."""
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> Any:
+        output = super().training_forward_pass(step_input)
+        other = super().training_forward_pass(replace(step_input, sae_in=step_input.sae_in + 0.1))
+        output.loss = output.loss + (output.sae_out - other.sae_out).square().mean() + other.loss
+        return output
+
+
+@pytest.mark.parametrize("num_dead", [0, 4, 30])
+def test_a_class_may_run_the_step_twice(num_dead: int) -> None:
+    cfg = training_config("topk", 12, {"d_sae": 64, "k": 4, "dtype": "float64"}, "saes.0")
+    saes = [Twice(cfg, Shard()) for _ in range(2)]
+    dead = torch.arange(64) < num_dead
+    for sae in saes:
+        sae.initialize(0, "model.layers.0")
+    x = torch.randn(32, 12).double()
+    engine = LocalEngine(saes[0])
+    found = engine.backward(engine.training_forward_pass(step_input(x, saes[0], 0, dead)).loss)
+    saes[1].training_forward_pass(step_input(x, saes[1], 0, dead)).loss.backward()
+    for name in ("W_dec", "W_enc_rows"):
+        expected = saes[1].get_parameter(name).grad
+        torch.testing.assert_close(plain.dense_rows(found[name]), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_looks_at_a_gradient_sees_it_and_what_is_frozen_stays() -> None:
+    sae = new("topk", Shard(), 12, 64)
+    seen: list[Tensor] = []
+    sae.W_dec.register_hook(lambda grad: seen.append(grad) or torch.zeros_like(grad))  # type: ignore[func-returns-value]
+    sae.W_enc_rows.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    optimizer = Optimizer(LocalEngine(sae), TrainConfig(lr=0.01), 3)
+    for step in range(3):
+        x = torch.randn(32, 12)
+        optimizer.step(optimizer.engine.training_forward_pass(step_input(x, sae, step)).loss, step)
+    assert len(seen) == 3 and all(grad.abs().sum() > 0 for grad in seen)
+    for name in ("W_dec", "W_enc_rows"):
+        assert torch.equal(sae.get_parameter(name), before[name])
+    assert not torch.equal(sae.get_parameter("b_enc"), before["b_enc"])
 
 
 class _Largest(TorchDispatchMode):
@@ -201,15 +245,19 @@ def test_a_step_holds_nothing_as_large_as_a_matrix_or_the_dense_activations(
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
+def batch(step: int) -> Tensor:
+    """128 rows, mixtures of 24 directions."""
+    basis = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+    return torch.rand(128, 24, generator=torch.Generator().manual_seed(step)).pow(8) @ basis
+
+
 def trained(shard: Shard, steps: int, train: TrainConfig, **options: Any) -> tuple[Optimizer, float]:
     """An SAE after some steps on rows of a mixture, and the mean loss of the last quarter of them."""
     sae = new("topk", shard, 16, 64, **options)
     optimizer = Optimizer(LocalEngine(sae), train, steps)
-    basis = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
     losses = []
     for step in range(steps):
-        mixture = torch.rand(128, 24, generator=torch.Generator().manual_seed(step)).pow(8)
-        output = optimizer.engine.training_forward_pass(step_input((mixture @ basis).to(sae.dtype), sae, step))
+        output = optimizer.engine.training_forward_pass(step_input(batch(step).to(sae.dtype), sae, step))
         optimizer.step(output.loss, step)
         losses.append(float(output.losses["mse_loss"].detach()))
     return optimizer, sum(losses[-steps // 4 :]) / (steps // 4)
@@ -231,12 +279,42 @@ def test_small_steps_of_bfloat16_add_up() -> None:
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_narrow_types_train_like_float32(moments: str) -> None:
+def test_narrow_types_train_like_float32(moments: Literal["float32", "bfloat16"]) -> None:
     """bfloat16 has 8 bits: a reconstruction rounded to it is off by 2**-9 of itself, and so is the loss's root."""
     train = TrainConfig(lr=3e-3)
     _, expected = trained(Shard(), 200, train)
     _, found = trained(Shard(), 200, replace(train, moments_dtype=moments), dtype="bfloat16")
     assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_fsdp2_keeps_float32_masters_too() -> None:
+    """Of which each dp rank has its rows; what the SAE computes with is gathered in bfloat16."""
+    train = TrainConfig(lr=1e-6)
+
+    def worker(rank: int, world: int) -> dict[str, Tensor]:
+        shard = shard_in_grid(rank, world, 1)
+        assert shard.dp.group is not None
+        sae = new("topk", shard, 16, 64, dtype="bfloat16")
+        optimizer = Optimizer(FSDP2Engine(sae, DeviceMesh.from_group(shard.dp.group, "cpu")), train, 20)
+        for step in range(20):
+            x = batch(step)[rank * 64 : rank * 64 + 64].bfloat16()
+            output = optimizer.engine.training_forward_pass(step_input(x, sae, step))
+            assert output.sae_out.dtype == sae.W_dec.dtype == torch.bfloat16  # whole and gathered
+            optimizer.step(output.loss, step, 0.5)
+        with optimizer.engine.whole(changes=True):
+            pass  # a look changes nothing
+        return {name: tensor.detach() for name, tensor in optimizer.parameters.items()}
+
+    parts = run_ranks(2, worker)
+    optimizer, _ = trained(Shard(), 20, train, dtype="bfloat16")
+    start = new("topk", Shard(), 16, 64, dtype="bfloat16")
+    for name in ("W_dec", "W_enc_rows", "b_enc", "b_dec"):
+        found = parts[0][name] if name == "b_dec" else torch.cat([part[name] for part in parts])
+        whole = optimizer.parameters[name]
+        assert found.dtype == whole.dtype == torch.float32 and found.shape == whole.shape
+        # 20 steps of up to 1e-6 each; a gradient near 0, whose sign the order of bfloat16 sums decides, may step back.
+        assert ((whole - start.get_parameter(name).float()).abs() > 2e-6).float().mean() > 0.5
+        assert (found - whole).abs().max() < 40e-6 and ((found - whole).abs() < 2e-6).float().mean() > 0.8
 
 
 def test_rounded_moments_are_the_same_on_shards() -> None:

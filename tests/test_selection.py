@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import run_ranks
 from saes_for_tests import shard_in_grid
@@ -336,6 +337,32 @@ def test_magnitudes_are_selected_with_their_sign(size: int) -> None:
 
     bounds = [N * i // size for i in range(size + 1)]
     assert_selected(run_ranks(size, worker), "magnitudes", reference(scores.abs(), 20, False), bounds)
+
+
+def test_rows_of_equal_scores_make_no_dense_lists() -> None:
+    scores = gaussian()
+    scores[5], scores[9] = 1.0, 0.0
+    for signed in (True, False):
+        chosen = TopK(20, Shard(), signed=signed)
+        chosen.add(scores)
+        with _Widest() as widest:
+            rows, latents, _ = chosen.choose()
+        assert_selected([{"ties": (rows, latents)}], "ties", reference(scores, 20, signed), [0, N])
+        assert widest.columns < N // 2
+
+
+class _Widest(TorchDispatchMode):
+    """Notes the most columns of any matrix with all rows that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim() == 2 and len(result) == B:
+            self.columns = max(self.columns, result.shape[1])
+        return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

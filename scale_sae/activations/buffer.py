@@ -45,6 +45,7 @@ class LaneBuffer:
         }
         self.inserted = 0
         self.draws = 0
+        self.next_picks: tuple[Tensor, Tensor] | None = None  # of the batch that was looked at and is still here
 
     def counts(self) -> Tensor:
         """Filled slots of each lane, int64 [len(lanes)]: arithmetic on what was inserted and drawn."""
@@ -76,7 +77,7 @@ class LaneBuffer:
 
     def peek(self, step: int) -> dict[str, Tensor]:
         """This rank's part of batch ``step``, the next, a copy: ``[batch / lanes * len(lanes), width]`` each."""
-        _, picks = self._picks(step)
+        _, picks = self.next_picks = self._picks(step)
         taken = (self._base() + picks).flatten()
         return {name: rows.flatten(0, 1)[taken.to(rows.device)] for name, rows in self.rows.items()}
 
@@ -85,7 +86,8 @@ class LaneBuffer:
 
         They leave holes; the last rows of the lane that are not of the batch fill them, both in ascending order.
         """
-        counts, picks = self._picks(step)
+        counts, picks = self.next_picks or self._picks(step)
+        self.next_picks = None
         left = counts - picks.shape[1]
         tail = left[:, None] + torch.arange(picks.shape[1])
         ordered = picks.sort(1).values

@@ -16,7 +16,7 @@ from scale_sae.kernels import plain
 def on(tensor: Tensor) -> ModuleType:
     """The module whose functions work on tensors like this one: ``fused`` or ``plain``."""
     if tensor.is_cuda and tensor.dtype is not torch.float64 and find_spec("triton") is not None:
-        from scale_sae.kernels import fused
+        import scale_sae.kernels.fused as fused  # needs triton
 
         return fused
     return plain

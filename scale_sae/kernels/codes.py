@@ -71,6 +71,11 @@ def scatter_rows(codes: Codes, g: Tensor) -> Tensor:
     return kernels.on(g).weighted_sums(codes.rows_by_latent, offsets, codes.values[order], g)
 
 
+def latent_sums(codes: Codes) -> Tensor:
+    """The sum of each latent's values, ``[n_latents]``."""
+    return scatter_rows(codes, codes.values.new_ones(codes.n_rows, 1)).squeeze(1)
+
+
 def dot_rows(rows: Tensor, latents: Tensor, g: Tensor, W: Tensor) -> Tensor:
     """``g[rows] · W[latents]`` per entry, float32 at least, for g ``[n_rows, d]`` and W ``[n_latents, d]``."""
     return kernels.on(W).dot_rows(rows, latents, g, W)
@@ -170,10 +175,11 @@ class _EncodeSelected(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_rows, b = ctx.saved_tensors
         codes = ctx.codes.with_values(grad)
-        grad_b = scatter_rows(codes, grad.new_ones(codes.n_rows, 1)).squeeze(1).to(b.dtype)
+        grad_b = latent_sums(codes).to(b.dtype)
         # Every row is shifted alike, so the rows' gradients are summed per latent before they meet W_enc.
         grad_shift = -(grad_b @ W_rows) if ctx.needs_input_grad[2] else None
-        return None, None, grad_shift, _rows_gradient(codes, x, ctx.collected), grad_b
+        grad_W = _rows_gradient(codes, x, ctx.collected) if ctx.needs_input_grad[3] else None
+        return None, None, grad_shift, grad_W, grad_b
 
 
 class _DecodeSelected(torch.autograd.Function):
@@ -189,7 +195,8 @@ class _DecodeSelected(torch.autograd.Function):
         values, W = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = dot_rows(ctx.codes.rows, ctx.codes.latents, grad, W)
-        return grad_values, None, None, _rows_gradient(ctx.codes.with_values(values), grad, ctx.collected)
+        codes = ctx.codes.with_values(values)
+        return grad_values, None, None, _rows_gradient(codes, grad, ctx.collected) if ctx.needs_input_grad[3] else None
 
 
 class _DecodeColumns(torch.autograd.Function):
@@ -230,8 +237,12 @@ class _DecodeColumns(torch.autograd.Function):
         grad_b = torch.zeros_like(b).index_copy_(0, latents, per_latent)
         grad_shift = -(per_latent @ W_rows.index_select(0, latents)) if ctx.needs_input_grad[3] else None
         found: list[Tensor | None] = []
-        for whole, rows_of, collected in zip((W_rows, W), (grad_W_rows, grad_W), ctx.collected, strict=True):
-            if collected is None:
+        for place, whole, rows_of, collected in zip(
+            (4, 6), (W_rows, W), (grad_W_rows, grad_W), ctx.collected, strict=True
+        ):
+            if not ctx.needs_input_grad[place]:
+                found.append(None)
+            elif collected is None:
                 found.append(torch.zeros_like(whole).index_copy_(0, latents, rows_of.to(whole.dtype)))
             else:
                 collected.add_rows(latents, rows_of)
@@ -241,11 +252,10 @@ class _DecodeColumns(torch.autograd.Function):
 
 def _rows_gradient(codes: Codes, table: Tensor, collected: Collected | None) -> Tensor | None:
     """The gradient ``Zᵀ @ table`` of a matrix of rows: dense, or left with ``collected``."""
-    if collected is None:
-        return scatter_rows(codes, table)
     order, offsets = codes.by_latent
-    collected.add_entries(codes.rows_by_latent, offsets, codes.values[order], table)
-    return None
+    if collected is not None and collected.add_entries(codes.rows_by_latent, offsets, codes.values[order], table):
+        return None
+    return scatter_rows(codes, table)
 
 
 def _offsets(sorted_keys: Tensor, n: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scale_sae.kernels.rows import AdamStep, RowGradient
 
-_BLOCK_BYTES = 2**21  # of a gradient's rows that exist at once: they stay in a core's cache between two passes
+_BLOCK_BYTES = 2**22  # of a gradient's rows that exist at once: they stay in a core's cache between two passes
 
 
 def weighted_sums(
@@ -38,7 +38,10 @@ def weighted_sums(
 
 
 def dot_rows(rows: Tensor, latents: Tensor, g: Tensor, W: Tensor) -> Tensor:
-    """``g[rows] · W[latents]`` per entry, wide ``[nnz]``, for g ``[n_rows, d]`` and W ``[n_latents, d]``."""
+    """``g[rows] · W[latents]`` per entry, wide ``[nnz]``, for g ``[n_rows, d]`` and W ``[n_latents, d]``.
+
+    Rounded to the precision of g on the way.
+    """
     # The gradient of an embedding bag by its weights is this product, and never gathers an [nnz, d].
     no_offsets = rows.new_zeros(1)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(g, W, latents, no_offsets, rows, 0)
@@ -114,15 +117,18 @@ def score_maxima(scores: Tensor, scale: Tensor | None, bias: Tensor | None, widt
     Returns:
         ``[b, n / width]``, NaN where one of the neighbours is not finite.
     """
-    if scale is not None:
-        zero = scores.new_zeros(1)
-        torch.addcmul(zero if bias is None else bias, scores, scale, out=scores)
-    elif bias is not None:
-        scores.add_(bias)
-    neighbours = scores.unflatten(1, (scores.shape[1] // width, width))
-    high, low = neighbours.amax(2), neighbours.amin(2)
-    finite = (high - high) + (low - low)  # 0, or NaN
-    return (torch.maximum(high, -low) if magnitude else high) + finite
+    best = scores.new_empty(len(scores), scores.shape[1] // width)
+    step = max(1, _BLOCK_BYTES // max(scores.shape[1] * scores.itemsize, 1))
+    for part, found in zip(scores.split(step), best.split(step), strict=True):
+        if scale is not None:
+            torch.addcmul(scores.new_zeros(1) if bias is None else bias, part, scale, out=part)
+        elif bias is not None:
+            part.add_(bias)
+        neighbours = part.unflatten(1, (found.shape[1], width))
+        high, low = neighbours.amax(2), neighbours.amin(2)
+        finite = (high - high) + (low - low)  # 0, or NaN
+        torch.add(torch.maximum(high, -low) if magnitude else high, finite, out=found)
+    return best
 
 
 def round_stochastically(x: Tensor, seed: int, first: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Gradients of matrices of rows that are never written out, and what Adam does with them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,13 +45,15 @@ class Collected:
         self.found = RowGradient()
         self.rows: list[tuple[Tensor, Tensor]] = []
 
-    def add_entries(self, indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> None:
-        """Takes the sparse part, of which there is one; see ``RowGradient``."""
-        assert self.found.table is None, "two sparse parts of one gradient"
+    def add_entries(self, indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> bool:
+        """Takes a sparse part, see ``RowGradient``; False, and does not, if it already has one."""
+        if self.found.table is not None:
+            return False
         self.found = RowGradient(indices, offsets, weights, table)
+        return True
 
     def add_rows(self, latents: Tensor, rows: Tensor) -> None:
-        """Takes whole rows ``[m, d]`` of ``latents``, int64 ``[m]``, each of which is given once at most."""
+        """Takes whole rows ``[m, d]`` of ``latents``, int64 ``[m]``, each of which is given once in a call."""
         self.rows.append((latents, rows))
 
     def take(self, n: int) -> RowGradient | None:
@@ -59,10 +61,17 @@ class Collected:
         found, parts = self.found, self.rows
         self.found, self.rows = RowGradient(), []
         if parts:
-            latents, found.extra_rows = (torch.cat(part) for part in zip(*parts, strict=True))
+            latents, found.extra_rows = parts[0] if len(parts) == 1 else _added(parts)
             found.extra_index = torch.full((n,), -1, dtype=torch.int64, device=latents.device)
             found.extra_index[latents] = torch.arange(len(latents), device=latents.device)
         return None if found.table is None and found.extra_rows is None else found
+
+
+def _added(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(latents, rows) of several such pairs, in which a latent may come again: its rows are added."""
+    latents, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+    unique, places = latents.unique(return_inverse=True)
+    return unique, rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, places, rows)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,6 @@ class AdamStep:
     beta2: float
     clip: Tensor
     skip: Tensor
-    eps: float = field(default=1e-8)
+    eps: float = 1e-8
     seed: int = 0
     first: int = 0

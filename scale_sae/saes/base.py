@@ -189,6 +189,19 @@ class SparseTrainStepOutput(TrainStepOutput):
         return torch.tensor(len(self.codes.latents), device=self.codes.latents.device)
 
 
+# What a subclass may replace only on dense activations: steps on codes or on few entries do not call it.
+DENSE_HOOKS = (
+    "get_activation_fn",
+    "activation_fn",
+    "process_sae_in",
+    "pre_activations",
+    "encode",
+    "encode_with_hidden_pre",
+    "decode",
+    "calculate_aux_loss",
+)
+
+
 class TrainingSAE(nn.Module, ABC):
     """One shard's part of an SAE that trains: plain local tensors, every per-latent one with the latent as dimension 0.
 
@@ -205,7 +218,7 @@ class TrainingSAE(nn.Module, ABC):
             as products of sparse factors; None: in their ``grad``.
         pre_activation_bytes: most bytes of pre-activations that a step on codes makes at once.
         changed_in_step: names of the parameters that ``training_forward_pass`` itself changes in place; None: any may
-            be, and with dp ranks all are copied after each forward pass.
+            be, and with dp ranks or in bfloat16 all are copied after each forward pass.
     """
 
     cfg: Any  # of the architecture's own config class
@@ -241,6 +254,15 @@ class TrainingSAE(nn.Module, ABC):
     def zeros(self, *shape: int, device: torch.device | str) -> nn.Parameter:
         """A parameter of zeros in the SAE's dtype."""
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
+
+    def collected(self, name: str) -> Collected | None:
+        """Where a backward pass leaves the gradient of the matrix ``name``; None: autograd gets it, dense.
+
+        So it is where nobody collects it, and where a subclass has frozen it, computes it or looks at its gradient.
+        """
+        matrix = getattr(self, name)
+        seen = matrix._backward_hooks or matrix._post_accumulate_grad_hooks
+        return (self.row_gradients or {}).get(name) if matrix.is_leaf and matrix.requires_grad and not seen else None
 
     def block_rows(self, columns: int) -> int:
         """How many rows of a dense matrix with as many columns may exist at once."""
@@ -397,3 +419,8 @@ class TrainingSAE(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and buffers: what a checkpoint holds."""
         return dict(self.named_parameters()) | dict(self.named_buffers())
+
+
+def keeps_hooks(cls: type, of: type) -> bool:
+    """Whether a class has the ``DENSE_HOOKS`` of another that it derives from."""
+    return all(getattr(cls, name) is getattr(of, name) for name in DENSE_HOOKS)

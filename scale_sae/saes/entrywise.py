@@ -9,18 +9,6 @@ from torch import Tensor
 from scale_sae.kernels.dense import AllEntries, Entries, choose_entries, encode_dense
 from scale_sae.saes.base import SparseTrainStepOutput, TrainingSAE, TrainStepInput, TrainStepOutput
 
-# What a subclass may replace only on dense activations: the step on entries does not call it.
-DENSE_HOOKS = (
-    "get_activation_fn",
-    "activation_fn",
-    "process_sae_in",
-    "pre_activations",
-    "encode",
-    "encode_with_hidden_pre",
-    "decode",
-    "calculate_aux_loss",
-)
-
 
 class EntrywiseTrainingSAE(TrainingSAE):
     """An SAE whose activation, of a latent on a row, depends on that pre-activation and the latent's parameters alone.
@@ -93,8 +81,3 @@ class EntrywiseTrainingSAE(TrainingSAE):
             loss=loss,
             losses=losses,
         )
-
-
-def keeps_hooks(cls: type, of: type) -> bool:
-    """Whether a class has the ``DENSE_HOOKS`` of another that it derives from."""
-    return all(getattr(cls, name) is getattr(of, name) for name in DENSE_HOOKS)

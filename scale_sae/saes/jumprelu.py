@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from scale_sae.collectives import Shard
 from scale_sae.kernels.dense import AllEntries, Entries
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
-from scale_sae.saes.entrywise import EntrywiseTrainingSAE, keeps_hooks
+from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput, keeps_hooks
+from scale_sae.saes.entrywise import EntrywiseTrainingSAE
 from scale_sae.saes.standard import coefficient_problems
 
 

@@ -24,20 +24,10 @@ from scale_sae.saes.base import (
     TrainingSAEConfig,
     TrainStepInput,
     TrainStepOutput,
+    keeps_hooks,
 )
 from scale_sae.saes.released import decoder_norms
 from scale_sae.selection import Selection, TopK
-
-# What a subclass may replace only on dense activations: the sparse step does not call it.
-DENSE_HOOKS = (
-    "get_activation_fn",
-    "process_sae_in",
-    "pre_activations",
-    "encode",
-    "encode_with_hidden_pre",
-    "decode",
-    "calculate_aux_loss",
-)
 
 
 @dataclass(kw_only=True)
@@ -90,7 +80,7 @@ class TopKTrainingSAE(TrainingSAE):
     @classmethod
     def works_on_codes(cls) -> bool:
         """Whether the step is that on codes; a subclass may have replaced what only the dense one calls."""
-        return all(getattr(cls, name) is getattr(TopKTrainingSAE, name) for name in DENSE_HOOKS)
+        return keeps_hooks(cls, TopKTrainingSAE)
 
     @classmethod
     def multiply_adds(cls, cfg: Any) -> int:
@@ -143,9 +133,8 @@ class TopKTrainingSAE(TrainingSAE):
         parts = self._parts(step_input)
         codes, pre_acts, columns = self._select(centred, parts, [dead_latents(step_input, part) for part in parts])
 
-        collected = self.row_gradients or {}
-        encoder = Encoder(centred, shift, self.W_enc_rows, self.b_enc, collected.get("W_enc_rows"))
-        decoder = Decoder(self.W_dec, collected.get("W_dec"))
+        encoder = Encoder(centred, shift, self.W_enc_rows, self.b_enc, self.collected("W_enc_rows"))
+        decoder = Decoder(self.W_dec, self.collected("W_dec"))
         partial = [self._decode_levels(encode_selected(codes.with_values(pre_acts), encoder), codes, decoder)]
         partial += [decode_columns(some, encoder, decoder) for some in columns]
         n_levels = len(self.level_ends())
@@ -195,10 +184,11 @@ class TopKTrainingSAE(TrainingSAE):
     def select_from(self, sae_in: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """What a selection chooses of the scores of ``sae_in [B, d_in]`` with these weights: see its ``choose``."""
         if self.works_on_codes():
+            scale, bias = self._scale_and_bias()
             for scores in self._score_blocks(self.process_sae_in(sae_in)):
-                selection.add(scores, *self._scale_and_bias())
+                selection.add(scores, scale, bias)
         else:
-            selection.add(self._hidden_pre(sae_in))
+            selection.add(self._hidden_pre(sae_in).contiguous())
         return selection.choose()
 
     def _scale_and_bias(self) -> tuple[Tensor | None, Tensor]:
@@ -211,9 +201,10 @@ class TopKTrainingSAE(TrainingSAE):
     @torch.no_grad()
     def _score_blocks(self, centred: Tensor) -> Iterator[Tensor]:
         """``centred @ W_enc``, block by block of rows: ``[b, n_local]``, valid until the next is made."""
-        for rows in centred.split(self.block_rows(self.n_local)):
-            scores = workspace.take(len(rows), self.n_local, self.dtype, rows.device)
-            yield torch.mm(rows, self.W_enc, out=scores)
+        blocks = centred.split(self.block_rows(self.n_local))
+        scores = workspace.take(len(blocks[0]), self.n_local, self.dtype, centred.device)
+        for rows in blocks:
+            yield torch.mm(rows, self.W_enc, out=scores[: len(rows)])
 
     def _decode_levels(self, pre_acts: Tensor, codes: Codes, decoder: Decoder) -> Tensor:
         """What the latents that each level adds decode to, as far as they are here: ``[levels · B, d_out]``."""
@@ -248,7 +239,7 @@ class TopKTrainingSAE(TrainingSAE):
 
     def _activate(self, hidden_pre: Tensor) -> Tensor:
         selection = self.selection(len(hidden_pre))
-        selection.add(hidden_pre.detach())
+        selection.add(hidden_pre.detach().contiguous())
         return keep(hidden_pre, *selection.choose()[:2])
 
     def _hidden_pre(self, sae_in: Tensor) -> Tensor:
