@@ -28,10 +28,12 @@ failed=0
 
 if [[ ${SIZE:-full} == tiny ]]; then
     device=cpu dtypes=float32 subjects=floor,ours tests=(tests/test_harness.py)
+    kernels=(--rows 16 --d 32 --latents 24 --k 2)
     size=(--sizes 64x512 --batch 128 --k 8 --rounds 1 --steps 1 --warmup 1) shard=(--sizes 64x512 --batch 128 --k 1)
 else
     device=cuda dtypes="bfloat16 float32" subjects=floor,ours,sae_lens,sparsify,dictionary_learning
     tests=(tests/test_fused.py tests/test_device_map.py tests/test_inference.py tests/test_interleave.py)
+    kernels=(--rows 8192 --d 4096 --latents 131072 --k 64)
     size=(--sizes 4096x131072 --batch 8192 --k 64 --rounds 5 --steps 3 --warmup 3) shard=("${size[@]}" --k 8)
 fi
 
@@ -118,6 +120,8 @@ took = seconds(adam.step)
 moved = 28 * 2 * n * d  # bytes: weight, gradient and two moments read, all but the gradient written
 print(f"fused Adam over W_enc and W_dec: {took * 1e3:.2f} ms, {moved / took / 1e9:.0f} GB/s")
 PYTHON
+[[ $device == cpu ]] && interpret=TRITON_INTERPRET=1 || interpret=TRITON_INTERPRET=0
+part "Kernels" 60 env "$interpret" "$python" benchmarks/triton_kernels.py "${kernels[@]}"
 part "Tests" 150 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 for dtype in $dtypes; do
     part "A step in $dtype" 150 bash -c 'peers "$@"' _ "$dtype" --dtype "$dtype" "${size[@]}" \

@@ -8,12 +8,12 @@ full. With TRITON_INTERPRET=1 in the environment it runs on a CPU, at sizes like
 to try the script: such figures say nothing.
 """
 
+import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
 
-import fire
 import torch
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def kernels(
     }
 
 
-def main(rows: int = 8192, d: int = 4096, latents: int = 131072, k: int = 64, repeats: int = 7) -> None:
+def main(rows: int, d: int, latents: int, k: int, repeats: int) -> None:
     torch.manual_seed(0)
     for dtype, moments in (
         (torch.bfloat16, torch.float32),
@@ -108,4 +108,7 @@ def main(rows: int = 8192, d: int = 4096, latents: int = 131072, k: int = 64, re
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    parser = argparse.ArgumentParser()
+    for option, default in {"rows": 8192, "d": 4096, "latents": 131072, "k": 64, "repeats": 7}.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    main(**vars(parser.parse_args()))
