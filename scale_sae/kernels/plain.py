@@ -124,8 +124,11 @@ def score_maxima(scores: Tensor, scale: Tensor | None, bias: Tensor | None, widt
             torch.addcmul(scores.new_zeros(1) if bias is None else bias, part, scale, out=part)
         elif bias is not None:
             part.add_(bias)
-        neighbours = part.unflatten(1, (found.shape[1], width))
-        high, low = neighbours.amax(2), neighbours.amin(2)
+        if width == 1:
+            high = low = part
+        else:
+            neighbours = part.unflatten(1, (found.shape[1], width))
+            high, low = neighbours.amax(2), neighbours.amin(2)
         finite = (high - high) + (low - low)  # 0, or NaN
         torch.add(torch.maximum(high, -low) if magnitude else high, finite, out=found)
     return best
