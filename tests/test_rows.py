@@ -1,6 +1,8 @@
 """Gradients that are never written out, Adam on them, and what a step of the engine local holds in memory."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import run_ranks
+from runs import forked_run, sae_state, tiny_config, write_config
 from saes_for_tests import shard_in_grid
 from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
@@ -332,3 +335,30 @@ def test_rounded_moments_are_the_same_on_shards() -> None:
         joined = torch.cat([part[name] for part in parts])
         # The shards' sums differ in float32's last bits, which moves a rounding over its border at few entries.
         assert (joined == whole[name]).float().mean() > 0.99
+
+
+def test_a_run_in_bfloat16_goes_on_bitwise(tmp_path: Path) -> None:
+    """Masters and rounded moments are what a checkpoint holds; one rank, three SAEs, resumed in the middle."""
+    run = tiny_config(
+        tmp_path,
+        hookpoints=["model.layers.0"],
+        saes=[
+            {"name": "topk", "d_sae": 128, "k": 4, "dtype": "bfloat16", "dead_feature_window_tokens": 1000},
+            {"name": "batchtopk", "architecture": "batchtopk", "d_sae": 128, "k": 4, "dtype": "bfloat16"},
+            {"name": "jumprelu", "architecture": "jumprelu", "d_sae": 128, "dtype": "bfloat16"},
+        ],
+        train={"training_tokens": 20 * 128, "train_batch_size_tokens": 128, "moments_dtype": "bfloat16"},
+        checkpoint={"every_steps": 10, "keep": 2},
+    )
+    path = write_config(tmp_path, run)
+    forked_run(path, 1)
+    folder = tmp_path / "run"
+    whole = sae_state(folder)
+    for name in ("topk", "batchtopk", "jumprelu"):
+        assert whole[f"model.layers.0/{name}/W_dec"].dtype == torch.float32
+        assert whole[f"model.layers.0/{name}/adam.exp_avg.W_dec"].dtype == torch.bfloat16
+    shutil.rmtree(folder / "checkpoints" / "step_00000020")
+    forked_run(path, 1)
+    resumed = sae_state(folder)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
