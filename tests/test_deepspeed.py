@@ -15,6 +15,7 @@ from scale_sae.collectives import Shard
 from scale_sae.config import TrainConfig
 from scale_sae.engines import LocalEngine
 from scale_sae.errors import UserError
+from scale_sae.kernels import workspace
 from scale_sae.optim import Optimizer
 from scale_sae.saes import TrainStepInput, create, training_config
 from scale_sae.saes.base import TrainingSAE
@@ -195,10 +196,11 @@ def test_settings_that_deepspeed_refuses() -> None:
 @pytest.mark.parametrize(("stage", "dp", "tp"), [("zero1", 2, 2), ("zero2", 4, 1)])
 def test_the_state_is_divided(stage: str, dp: int, tp: int) -> None:
     """Per rank, float32: a shard's parameters once, a dp-th of them again with two moments; b_dec with its moments."""
-    d_in, d_sae = 32, 4096
+    d_in, d_sae, batch = 32, 4096, 8
 
     def worker(rank: int, world: int) -> int:
         shard = shard_in_grid(rank, dp, tp)
+        workspace.take(batch, d_sae // tp, torch.float32, torch.device("cpu"))  # stays, whatever the SAE
         zero(jumprelu(shard), stage)  # what DeepSpeed keeps of the process is there from here on
         before = living_bytes()
         sae = create("topk", training_config("topk", d_in, {"d_sae": d_sae, "k": 4}, "saes.0"), shard)
@@ -207,7 +209,7 @@ def test_the_state_is_divided(stage: str, dp: int, tp: int) -> None:
         for step in range(2):
             dead = torch.zeros(sae.n_local, dtype=torch.bool)
             step_input = TrainStepInput(
-                sae_in=torch.randn(8, d_in),
+                sae_in=torch.randn(batch, d_in),
                 coefficients={},
                 dead_neuron_mask=dead,
                 n_training_steps=step,
