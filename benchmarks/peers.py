@@ -39,6 +39,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
@@ -111,7 +112,7 @@ class Subject:
             process.kill()
 
     def figures(self) -> dict[str, Any]:
-        """Seconds per step: medians over the rounds but for the first, and the least."""
+        """Seconds per step: medians over the rounds, and the least."""
         if self.failed or not self.rounds:
             return {"failed": True}
         found: dict[str, Any] = {
@@ -223,9 +224,11 @@ def versions() -> dict[str, str]:
 def where() -> dict[str, Any]:
     """Date, hardware, versions, and the commit of the package that is measured."""
     package = Path(util.find_spec("scale_sae").origin).parents[1]  # type: ignore[union-attr,arg-type]
-    git = ["git", "-C", str(package)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "scale_sae"], capture_output=True, text=True).stdout
+    commit, changed = "unknown", ""
+    if shutil.which("git"):
+        git = ["git", "-C", str(package)]
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "scale_sae"], capture_output=True, text=True).stdout
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit + (" and changes" if changed else ""),

@@ -21,7 +21,7 @@ from scale_sae.kernels import fused
 from scale_sae.kernels.rows import AdamStep, RowGradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SCORES = 2**30  # bytes of a block of rows, as they are worked through
+SCORES = 2**29  # bytes of a block of rows, as they are worked through
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:

@@ -1,7 +1,7 @@
 """Measures the training step of a config on random rows: ``python -m scale_sae.bench --config C.yaml [--steps N]``.
 
-Or under ``accelerate launch``, with as many processes as the SAEs' part of the topology has: no language model runs, so
-that its part is left out. Any key of the config may follow, dotted, as for ``scale_sae.train``.
+Or under ``accelerate launch``, with as many processes as the SAEs' part of the topology has, of one group: no language
+model runs, so that its part is left out. Any key of the config may follow, dotted, as for ``scale_sae.train``.
 
 One table, a line for the whole step (chunk into the buffer, batch out of it, every SAE of the group in turns) and one
 for the step of each SAE alone, all measured in turns, medians over ``--steps`` rounds:
@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def trainer_of(
     planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
     place = topology.build(planned, rank, device, backend, store, deepspeed_settings(run.topology, os.environ))
     sizes = schedule(run, 1)
-    sizes = type(sizes)(sizes.batch, sizes.buffer, sizes.lanes, sizes.training_rows, chunk_rows=sizes.batch)
+    sizes = replace(sizes, chunk_rows=sizes.batch)
     trainer = Trainer(run, specs, widths, sizes, place, getattr(torch, run.model.dtype))
     return trainer, RandomRows(trainer, sizes.batch)
 
@@ -259,6 +259,7 @@ class Bench:
             tensors = {**job.row_tensors(), **job.replicated_tensors()}
             for name, tensor in tensors.items():
                 state["adam" if name.startswith("adam.") else "parameters"] += tensor.nbytes
+            state["parameters"] += sum(tensor.nbytes for tensor in job.engine.narrow.values())
         rows = [*self.trainer.buffer.rows.values(), *self.stream.rows.values()]
         stream = sum(tensor.nbytes for tensor in rows)
         found = {"peak": self.peak, "parameters": state["parameters"], "adam": state["adam"], "stream": stream}
@@ -311,6 +312,11 @@ def _config(path: object, extra: tuple[object, ...], overrides: dict[str, Any], 
     """The config without its language model's ranks. ``UserError`` for a wrong one, or too few or many processes."""
     fixed = {"topology.lm": "colocated", "train.training_tokens": NEVER, "logging.log_every_steps": NEVER}
     run = read_config(path, extra, {**overrides, **fixed})
+    if run.topology.sae.groups != 1:
+        raise UserError(
+            f"topology.sae.groups: {run.topology.sae.groups}, but groups exchange nothing; measure one, with "
+            "--topology.sae.groups=1 and the SAEs that it would have"
+        )
     needed = run.topology.sae_ranks
     if needed != world:
         raise UserError(

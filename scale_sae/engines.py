@@ -123,7 +123,8 @@ class LocalEngine:
     def whole(self, changes: bool) -> Iterator[None]:
         """Inside, the SAE's parameters are whole, for reading and, with ``changes``, for changes in place."""
         yield
-        self._keep_changes(None if changes else frozenset())
+        if changes:
+            self._keep_changes(None)
 
     @torch.no_grad()
     def fill(self, other: TrainingSAE) -> None:
@@ -218,7 +219,8 @@ class FSDP2Engine(DividingEngine):
         self.step.unshard()  # type: ignore[operator]
         try:
             yield
-            self._keep_changes(None if changes else frozenset())
+            if changes:
+                self._keep_changes(None)
         finally:
             self.step.reshard()  # type: ignore[operator]
 

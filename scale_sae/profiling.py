@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._profiler import _EventType, _ExperimentalConfig  # what torch.profiler's own options are made of
 from torch.distributed import Store
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -88,6 +87,8 @@ class Recorder:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         # All threads: the collectives of one SAE pass while another computes in a second one.
+        from torch._C._profiler import _ExperimentalConfig  # private, so not for every run to import
+
         self.running = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
         self.running.start()
 
@@ -168,6 +169,8 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int | None]]:
     """(time, bytes; negative where they are freed, None where the peak is to be forgotten) of all events."""
+    from torch._C._profiler import _EventType
+
     left = list(events)
     while left:
         event = left.pop()

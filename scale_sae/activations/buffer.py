@@ -45,7 +45,8 @@ class LaneBuffer:
         }
         self.inserted = 0
         self.draws = 0
-        self.next_picks: tuple[Tensor, Tensor] | None = None  # of the batch that was looked at and is still here
+        # Of the last look at a batch: its step, how many rows had been inserted, and `_picks`.
+        self.looked_at: tuple[int, int, Tensor, Tensor] = (-1, 0, torch.empty(0), torch.empty(0))
 
     def counts(self) -> Tensor:
         """Filled slots of each lane, int64 [len(lanes)]: arithmetic on what was inserted and drawn."""
@@ -77,17 +78,18 @@ class LaneBuffer:
 
     def peek(self, step: int) -> dict[str, Tensor]:
         """This rank's part of batch ``step``, the next, a copy: ``[batch / lanes * len(lanes), width]`` each."""
-        _, picks = self.next_picks = self._picks(step)
+        counts, picks = self._picks(step)
+        self.looked_at = step, self.inserted, counts, picks
         taken = (self._base() + picks).flatten()
         return {name: rows.flatten(0, 1)[taken.to(rows.device)] for name, rows in self.rows.items()}
 
     def remove(self, step: int) -> None:
-        """Removes the rows of batch ``step``, the next.
+        """Removes the rows of batch ``step``, the next, which was the last to be looked at.
 
         They leave holes; the last rows of the lane that are not of the batch fill them, both in ascending order.
         """
-        counts, picks = self.next_picks or self._picks(step)
-        self.next_picks = None
+        looked_at, inserted, counts, picks = self.looked_at
+        assert (looked_at, inserted) == (step, self.inserted), "rows are looked at before they are removed"
         left = counts - picks.shape[1]
         tail = left[:, None] + torch.arange(picks.shape[1])
         ordered = picks.sort(1).values

@@ -25,4 +25,4 @@ def on(tensor: Tensor) -> ModuleType:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return torch.version.hip is None and find_spec("triton") is not None

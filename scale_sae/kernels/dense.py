@@ -88,7 +88,7 @@ class SomeEntries:
 
 
 def choose_entries(encoder: Encoder, block_rows: int, counts: Callable[[Tensor], Tensor]) -> AllEntries | SomeEntries:
-    """The entries that count, or all, whichever takes less time. Two host synchronisations per block of rows.
+    """The entries that count, or all, whichever takes less time. Each block of rows waits for the device.
 
     Args:
         encoder: makes the pre-activations.

@@ -68,10 +68,12 @@ class Collected:
 
 
 def _added(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(latents, rows) of several such pairs, in which a latent may come again: its rows are added."""
-    latents, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-    unique, places = latents.unique(return_inverse=True)
-    return unique, rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, places, rows)
+    """(latents, rows) of several such pairs, in which a latent may come again: its rows are added, in this order."""
+    unique = torch.cat([latents for latents, _ in parts]).unique()
+    added = parts[0][1].new_zeros(len(unique), parts[0][1].shape[1])
+    for latents, rows in parts:
+        added[torch.searchsorted(unique, latents)] += rows  # none twice in a pair
+    return unique, added
 
 
 @dataclass(frozen=True)
