@@ -126,6 +126,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     [
         ((), {"overrides": {"topology.sae.tp": 2}}, "topology.sae: needs 2 ranks but 1 were started; start it with: "),
         ((), {"overrides": {"saes.0.kk": 2}}, "saes.0.kk"),
+        ((), {"overrides": {"topology.sae.groups": 2}}, "topology.sae.groups: 2, but groups exchange"),
         ((), {"steps": 0}, "--steps: 0 is no number of steps"),
         ((), {"json_path": "/no/such/folder/found.json"}, "--json: '/no/such/folder/found.json' is no file"),
         (("more",), {}, "'more' is no option"),
