@@ -17,9 +17,9 @@ from scale_sae.kernels import workspace
 from scale_sae.kernels.codes import Codes, Decoder, Encoder, decode_selected, encode_selected, latent_sums
 
 # By type of device: the share of entries that count above which dense products of all take less time. For CPUs measured
-# on whole steps in float32: both took the same time at 0.1 for rows of 512 and at 0.07 for rows of 1536. For GPUs an
-# estimate: each product of a code fetches a row, which per column is 4 bytes at 4 TB/s where a dense product takes 2
-# operations at 400 TFLOP/s (in bfloat16 half the bytes and twice the operations).
+# on whole steps in float32: for rows of 512 the sparse one still took 0.8 of the time at 0.1; for rows of 1536 they met
+# between 0.05 and 0.1. For GPUs an estimate: each product of a code fetches a row, which per column is 4 bytes at
+# 4 TB/s where a dense product takes 2 operations at 400 TFLOP/s (in bfloat16 half the bytes and twice the operations).
 DENSE_ABOVE = {"cpu": 0.06, "cuda": 0.005}
 
 

@@ -1,7 +1,7 @@
 """TopK SAEs in sparse codes: each row keeps its k best latents; dead latents learn what these leave over."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from scale_sae.kernels.codes import (
     Codes,
     Columns,
     Decoder,
-    Encoder,
     decode_columns,
     decode_selected,
     encode_selected,
@@ -127,18 +126,15 @@ class TopKTrainingSAE(TrainingSAE):
         """See the base class. One all-reduce carries the reconstruction and, where latents are dead, AuxK's."""
         if not self.works_on_codes():
             return self._dense_forward_pass(step_input)
-        x = self.row_norm.normalize(step_input.sae_in.to(self.dtype))
-        shift = self.shard.copy(self.b_dec) if self.cfg.apply_b_dec_to_input else None
-        centred = x if shift is None else x - shift.detach()
+        encoder = replace(self.encoder(step_input.sae_in, self.b_enc), collected=self.collected("W_enc_rows"))
         parts = self._parts(step_input)
-        codes, pre_acts, columns = self._select(centred, parts, [dead_latents(step_input, part) for part in parts])
+        codes, pre_acts, columns = self._select(encoder.x, parts, [dead_latents(step_input, part) for part in parts])
 
-        encoder = Encoder(centred, shift, self.W_enc_rows, self.b_enc, self.collected("W_enc_rows"))
         decoder = Decoder(self.W_dec, self.collected("W_dec"))
         partial = [self._decode_levels(encode_selected(codes.with_values(pre_acts), encoder), codes, decoder)]
         partial += [decode_columns(some, encoder, decoder) for some in columns]
         n_levels = len(self.level_ends())
-        whole = self.shard.sum(torch.cat(partial)).unflatten(0, (n_levels + len(parts), len(x)))
+        whole = self.shard.sum(torch.cat(partial)).unflatten(0, (n_levels + len(parts), len(encoder.x)))
         outputs = self.row_norm.restore(whole[:n_levels].cumsum(0) + self.b_dec)
         outputs = self.add_skip(outputs, step_input.sae_in)
         sae_out = outputs[-1]
