@@ -16,6 +16,7 @@ from scale_sae.config_schema import (
     BufferConfig,
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     InitFrom,
     LMTopology,
     LoggingConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "BufferConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EvaluationConfig",
     "InitFrom",
     "LMTopology",
     "LoggingConfig",
@@ -120,6 +122,8 @@ def validate(config: RunConfig) -> None:
     _check_train("train", config.train)
     for index, entry in enumerate(config.saes):
         _check_train(f"saes.{index}", config.train_of(entry))
+    interval = config.evaluation.every_steps
+    require(interval is None or interval > 0, "evaluation.every_steps", interval, "must be above 0, or null for none")
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
     remedy = f"must be a multiple of checkpoint.every_steps ({every}), or null"
     require(
@@ -133,6 +137,7 @@ _POSITIVE = {
     "train": ("training_tokens", "train_batch_size_tokens"),
     "buffer": ("tokens", "lanes"),
     "checkpoint": ("every_steps", "keep"),
+    "evaluation": ("tokens",),
     "logging": ("log_every_steps",),
 }
 

@@ -204,7 +204,10 @@ class SAEEntry:
 
 @dataclass(frozen=True)
 class LMTopology:
-    """The ranks that run the language model: ``{tp: .., dp: ..}`` of their own, or the word ``colocated``."""
+    """The ranks that run the language model: ``{tp: .., dp: ..}`` of their own, or the word ``colocated``.
+
+    Or none: ``{cache: DIR}`` reads what ``scale_sae.cache_activations`` wrote.
+    """
 
     # Tensor parallelism: the ranks that one copy of the model is split over.
     tp: int = 1
@@ -212,6 +215,9 @@ class LMTopology:
     dp: int = 1
     # `lm: colocated` in YAML: every SAE rank also runs a whole copy (tp 1, dp = all of them).
     colocated: bool = False
+    # Folder of cached activations, from which SAE ranks read their rows; null: none. The batches are those of the model
+    # that filled it, and the run needs no LM ranks.
+    cache: str | None = None
     # How one copy is split: tp over tp ranks, by the model's own plan; device_map over the GPUs of one rank (tp 1),
     # layer after layer, for any model. What does not fit on them is kept in RAM or on disk, which is slow.
     parallel: Literal["tp", "device_map"] = "tp"
@@ -230,6 +236,11 @@ class LMTopology:
         if "colocated" in value:
             raise UserError(f"{key}.colocated: unknown key; write {key}: colocated, without tp and dp")
         return from_mapping(cls, value, key)
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether there are no ranks that run the model alone."""
+        return self.colocated or self.cache is not None
 
     def to_yaml(self) -> dict[str, Any] | str:
         """What ``from_yaml`` reads."""
@@ -280,7 +291,7 @@ class TopologyConfig:
     @property
     def world_size(self) -> int:
         """The number of processes that the run needs."""
-        return self.sae_ranks if self.lm.colocated else self.lm.tp * self.lm.dp + self.sae_ranks
+        return self.sae_ranks if self.lm.shares_ranks else self.lm.tp * self.lm.dp + self.sae_ranks
 
 
 @dataclass(frozen=True)
@@ -309,6 +320,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out text while the run trains. It changes nothing of what is trained."""
+
+    # Steps between evaluations; null: none.
+    every_steps: int | None = None
+    # Held-out tokens of one evaluation, the same each time.
+    tokens: int = 16384
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is logged, and how often; always to ``metrics.jsonl`` in the output folder."""
 
@@ -316,6 +337,11 @@ class LoggingConfig:
     # Also to Weights & Biases. `wandb` is another name for this key.
     log_to_wandb: bool = False
     wandb_project: str = "scale_sae"
+    # The team or user that the project belongs to, and the name of the run; null: what wandb chooses.
+    wandb_entity: str | None = None
+    run_name: str | None = None
+    # Also store every checkpoint with Weights & Biases, as an artifact.
+    log_weights_to_wandb: bool = False
 
 
 @dataclass(frozen=True)
@@ -339,6 +365,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def hookpoints_of(self, entry: SAEEntry) -> tuple[str, ...]:
@@ -359,4 +386,4 @@ class RunConfig:
 
 
 # Sections and keys that may differ between two launches of the same run.
-NOT_IDENTITY = frozenset({"topology", "checkpoint", "logging", "resume", "output_dir"})
+NOT_IDENTITY = frozenset({"topology", "checkpoint", "evaluation", "logging", "resume", "output_dir"})

@@ -133,11 +133,11 @@ def plan(topology: TopologyConfig, jobs: Sequence[Job], lanes: int) -> Plan:
         ranks = tuple(range(index * per_group, (index + 1) * per_group))
         groups.append(Group(index, ranks, sae.dp, sae.tp, tuple(members), hookpoints))
     n_sae = sae.groups * per_group
-    if lm.colocated:
+    if lm.shares_ranks:
         replicas: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in range(n_sae))
     else:
         replicas = tuple(tuple(range(n_sae + p * lm.tp, n_sae + (p + 1) * lm.tp)) for p in range(lm.dp))
-    return Plan(topology.world_size, lm.colocated, replicas, tuple(groups), lanes, topology.engine)
+    return Plan(topology.world_size, lm.shares_ranks, replicas, tuple(groups), lanes, topology.engine)
 
 
 @dataclass(frozen=True)
