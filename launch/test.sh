@@ -7,9 +7,9 @@ source launch/setup.sh
 ruff format --check .
 ruff check .
 mypy
-# The tests start many processes: one thread each.
+# The tests start many processes: one thread each. Two tests run at a time, as their ranks often wait for each other.
 export OMP_NUM_THREADS=1
 if (($# == 0)); then
-    set -- -m 'not slow'
+    set -- -m 'not slow' -n 2 --dist worksteal
 fi
 exec python -m pytest "$@"
