@@ -1,14 +1,18 @@
 """What a run says about itself: ``metrics.jsonl``, a progress bar, and wandb when it is asked for.
 
-Metric names are SAELens's where the quantity is the same.
+Metric names are SAELens's where the quantity is the same; ``docs/logging.md`` says what each means.
 """
 
 import json
 import sys
+import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +20,44 @@ from torch import Tensor
 from scale_sae.collectives import Ranks
 from scale_sae.config import LoggingConfig
 from scale_sae.errors import UserError
+from scale_sae.progress import progress_bar
+
+# Edges of the bins of every feature-density histogram: log10 of the share of tokens on which a latent fires, plus
+# 1e-10. A latent that never fired is thus in the first bin, which no other can reach. Quarters are exact in binary.
+DENSITY_BINS: tuple[float, ...] = tuple(-10 + i / 4 for i in range(41))
+# The end of the names of all metrics that are such a histogram: one count of latents per bin.
+DENSITY_HISTOGRAM = "feature_density_histogram"
+# How long a run that failed waits for wandb: all ranks are to end within a minute of the loss of one.
+SECONDS_TO_FINISH = 15
+
+
+def density_histogram(share: Tensor) -> Tensor:
+    """How many latents are in each of ``DENSITY_BINS``: int64 ``[40]``, from the share of tokens ``[d_sae]`` of each.
+
+    A bin holds its lower edge; the last one holds latents that fire on every token too.
+    """
+    inner = torch.tensor(DENSITY_BINS[1:-1], dtype=torch.float64, device=share.device)
+    return torch.bincount(torch.bucketize(_log10(share), inner, right=True), minlength=len(DENSITY_BINS) - 1)
+
+
+def feature_density(fired: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What is logged of the latents' firing. Names and formulas: SAELens 6.54's; the histogram's bins are our own.
+
+    Args:
+        fired: int64 ``[d_sae]``, on how many tokens each latent fired.
+        tokens: int64 scalar, of how many.
+    """
+    share = fired.double() / tokens
+    return {
+        "metrics/mean_log10_feature_sparsity": _log10(share).mean(),
+        "sparsity/below_1e-5": (share < 1e-5).sum(),
+        "sparsity/below_1e-6": (share < 1e-6).sum(),
+        f"plots/{DENSITY_HISTOGRAM}": density_histogram(share),
+    }
+
+
+def _log10(share: Tensor) -> Tensor:
+    return torch.log10(share.double() + 1e-10)
 
 
 def explained_variance(target: Tensor, output: Tensor, n_rows: int, dp: Ranks) -> Tensor:
@@ -31,8 +73,44 @@ def explained_variance(target: Tensor, output: Tensor, n_rows: int, dp: Ranks) -
     return 1 - error / variance
 
 
+class Stopwatch:
+    """Where a rank's time goes, by the clock of its host: every moment counts to one of ``PARTS``.
+
+    Work on a GPU goes on while its host does something else: its time is found where the host waits for a result.
+    """
+
+    PARTS = ("activations", "training", "checkpoint", "evaluation", "logging", "other")
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.part = "other"
+        self.since = time.monotonic()
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """The block's time is that of ``part``, and no longer of the part that it stands in."""
+        outer = self._switch(part)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def lap(self) -> dict[str, float]:
+        """``perf/seconds_<part>`` since the last lap; together they are all of the time."""
+        self._switch(self.part)
+        found = {f"perf/seconds_{part}": seconds for part, seconds in self.seconds.items()}
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        return found
+
+    def _switch(self, part: str) -> str:
+        now, before = time.monotonic(), self.part
+        self.seconds[before] += now - self.since
+        self.part, self.since = part, now
+        return before
+
+
 class MetricsWriter:
-    """The main process's logs: one JSON line per SAE and log step, a progress bar, wandb."""
+    """The main process's logs, as a context: one JSON line per SAE and log step, a progress bar, wandb."""
 
     def __init__(
         self,
@@ -43,49 +121,53 @@ class MetricsWriter:
         start_step: int,
         config: dict[str, Any],
     ):
-        from tqdm import tqdm
-
         self.path = run_dir / "metrics.jsonl"
         _truncate(self.path, start_step)
         self.file = self.path.open("a")
-        self.bar = tqdm(
-            total=total_steps * batch,
-            initial=start_step * batch,
-            unit="tok",
-            unit_scale=True,
-            desc="training",
-            file=sys.stderr,
-        )
         self.batch = batch
-        self.wandb = None
-        if logging.log_to_wandb:
-            import wandb
-
-            id_file = run_dir / "wandb_id"
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex[:8])
-            run_id = id_file.read_text()
-            self.wandb = wandb.init(
-                project=logging.wandb_project, id=run_id, resume="allow", dir=str(run_dir), config=config
-            )
+        self.wandb = _wandb_run(run_dir, logging, config) if logging.log_to_wandb else None
+        self.stores_weights = logging.log_to_wandb and logging.log_weights_to_wandb
+        self.bar = progress_bar(total_steps * batch, "training", "tok", start_step * batch)
 
     def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Logs one record per SAE at ``step`` (steps done so far)."""
+        self._record(step, records)
+        self.bar.set_postfix(_summary(records), refresh=False)
+
+    def write_evaluation(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """As ``write``, what was measured at ``step`` on held-out text."""
+        self._record(step, records)
+
+    def _record(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         try:
             for record in records:
                 self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"output_dir: {self.file.name} cannot be written: {error.strerror}; make room") from error
-        self.bar.set_postfix(_summary(records))
         if self.wandb is not None:
             values = {
-                f"{record['sae_id']}/{name}": value
+                f"{record['sae_id']}/{name}": for_wandb(name, value)
                 for record in records
                 for name, value in record.items()
-                if isinstance(value, int | float) and name not in ("step", "tokens")
+                if name not in ("step", "tokens", "sae_id")
             }
             self.wandb.log({**values, "tokens": step * self.batch}, step=step)
+
+    def store_weights(self, folder: Path) -> None:
+        """Stores a complete checkpoint with wandb, as an artifact, if the config asks for it.
+
+        wandb copies the files before this returns, so that the checkpoint may be removed, and sends them while the
+        training goes on.
+        """
+        if not self.stores_weights:
+            return
+        import wandb
+
+        assert self.wandb is not None
+        artifact = wandb.Artifact(f"{self.wandb.id}-checkpoint", type="model", metadata={"checkpoint": folder.name})
+        artifact.add_dir(str(folder))
+        self.wandb.log_artifact(artifact, aliases=["latest", folder.name])
 
     def advance(self) -> None:
         self.bar.update(self.batch)
@@ -94,11 +176,65 @@ class MetricsWriter:
         """A line on stderr that does not break the progress bar."""
         self.bar.write(line, file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Ends the logs; of a run that ``failed``, wandb has a few seconds to send what it holds."""
         self.bar.close()
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        with suppress(OSError) if failed else nullcontext():  # a full disk: what failed has said so
+            self.file.close()
+        if self.wandb is None:
+            return
+        # The process may end at once after this, and its threads with it.
+        finish = threading.Thread(target=self.wandb.finish, args=(int(failed),), name="wandb", daemon=True)
+        finish.start()
+        finish.join(SECONDS_TO_FINISH if failed else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+
+def _wandb_run(run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) -> Any:
+    """The run at wandb, the same over all launches: its id is kept in the folder of the run."""
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    return begin_wandb(
+        "logging",
+        project=logging.wandb_project,
+        entity=logging.wandb_entity,
+        name=logging.run_name,
+        id=id_file.read_text(),
+        dir=str(run_dir),
+        config=config,
+    )
+
+
+def begin_wandb(section: str, **options: Any) -> Any:
+    """A run at wandb, or the one of the same id, with the options of ``wandb.init``. ``UserError`` if none begins.
+
+    ``section`` holds ``log_to_wandb`` in messages.
+    """
+    import wandb
+
+    try:
+        return wandb.init(resume="allow", **options)
+    except (wandb.Error, OSError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{section}.log_to_wandb: true, but wandb does not begin ({said[0].rstrip('.')}); run `wandb login`, set "
+            "WANDB_MODE=offline to send the logs later, or set it to false"
+        ) from error
+
+
+def for_wandb(name: str, value: Any) -> Any:
+    """A metric as wandb takes it: a histogram of `DENSITY_BINS` as its own kind of histogram."""
+    if not name.endswith(DENSITY_HISTOGRAM):
+        return value
+    import wandb
+
+    return wandb.Histogram(np_histogram=(value, DENSITY_BINS))
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -126,11 +262,16 @@ def _truncate(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def to_floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """All of ``values`` (numbers and 0-dim tensors) as floats, in their order; one transfer from each device."""
-    found = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
-    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
-    for device in {tensor.device for tensor in tensors.values()}:
-        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+def to_floats(values: Mapping[str, Tensor | float]) -> dict[str, Any]:
+    """All of ``values`` as floats, those with a dimension as lists, in their order.
+
+    Numbers and 0-dim tensors take one transfer from each device.
+    """
+    found: dict[str, Any] = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    found |= {name: tensor.tolist() for name, tensor in tensors.items() if tensor.dim()}
+    scalars = {name: tensor.double() for name, tensor in tensors.items() if not tensor.dim()}
+    for device in {tensor.device for tensor in scalars.values()}:
+        there = {name: tensor for name, tensor in scalars.items() if tensor.device == device}
         found |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
     return {name: found[name] for name in values}
