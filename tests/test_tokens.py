@@ -226,7 +226,7 @@ class TestResume:
         assert_same(found, chunks)
 
     def test_inside_a_long_document(self, tmp_path: Path) -> None:
-        ids = [list(range(4, 4 + 500)), list(range(4, 4 + 300))]
+        ids = [[4 + place % 250 for place in range(length)] for length in (500, 300)]
         data = config(saved(tmp_path, {"tokens": ids}))
         chunks = list(TextChunks(data, MODEL))
         for index, chunk in enumerate(chunks):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from scale_sae import embedded
 from scale_sae.activations.architecture import first_line, image_positions, input_name, model_path
+from scale_sae.activations.packing import Packing
+from scale_sae.activations.pretokenized import check_pretokenized, check_token_ids, vocabulary_size
 from scale_sae.config import DataConfig, ModelConfig
 from scale_sae.errors import UserError
 
@@ -61,16 +63,33 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> "PreTrainedTokenizer
     Raises:
         UserError: it does not exist or does not load.
     """
+    if data.tokenizer:
+        return open_tokenizer(data.tokenizer, "data.tokenizer", trust_remote_code=model.trust_remote_code)
+    return open_tokenizer(model.name, "model.name", model.revision, model.trust_remote_code)
+
+
+def open_tokenizer(
+    name: str, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a hub id, a folder or ``embedded``; ``key`` names it in the ``UserError`` if there is none."""
     from transformers import AutoTokenizer
 
-    name = data.tokenizer or model_path(model)
-    revision = None if data.tokenizer else model.revision
+    path = model_path(ModelConfig(name=name))
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        key = "data.tokenizer" if data.tokenizer else "model.name"
-        message = f"{key}: no tokenizer can be loaded from {name} ({first_line(error)}); set data.tokenizer"
-        raise UserError(message) from error
+        cure = "set data.tokenizer" if key == "model.name" else "give a hub id or a folder that has one"
+        raise UserError(f"{key}: no tokenizer can be loaded from {name} ({first_line(error)}); {cure}") from error
+
+
+def excluded_tokens(exclude: bool | Sequence[int], tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
+    """The ids that ``exclude_special_tokens`` leaves out: its own, or with true the tokenizer's special tokens."""
+    if not isinstance(exclude, bool):
+        return list(exclude)
+    if not exclude:
+        return []
+    found = (getattr(tokenizer, name, None) for name in SPECIAL_TOKENS)
+    return sorted({token for token in found if token is not None})
 
 
 class TextChunks:
@@ -99,15 +118,30 @@ class TextChunks:
         self._held_out = held_out
         self._rows = _open_dataset(data)
         self._column = _find_column(self._rows, data)
-        self._is_text = _holds_text(self._rows, self._column, data)
+        first = _first_value(self._rows, self._column, data)
+        self._is_text = _holds_text(first, self._column)
         needs_tokenizer = data.prepend_bos or data.sequence_separator_token or data.exclude_special_tokens is True
         self._tokenizer = load_tokenizer(model, data) if self._is_text or needs_tokenizer else None
         self._bos = self._special_token("data.prepend_bos", "bos", "false") if data.prepend_bos else None
         separator = data.sequence_separator_token
         self._separator = self._special_token("data.sequence_separator_token", separator, "null") if separator else None
-        self._excluded = torch.tensor(self._excluded_tokens(), dtype=torch.int64)
+        self._excluded = torch.tensor(excluded_tokens(data.exclude_special_tokens, self._tokenizer), dtype=torch.int64)
+        self._packing = Packing(data.context_size, self._bos, self._separator)
         self._positions = torch.zeros(data.context_size, dtype=torch.bool)
         self._positions[slice(*data.seqpos_slice)] = True
+        self._model = model
+        if not self._is_text:
+            self._vocabulary = vocabulary_size(model)
+            self._check_ids([first] if first else [])
+            check_pretokenized(data, model, self._bos, self._tokenizer_named)
+
+    def _check_ids(self, documents: list[list[int]]) -> None:
+        check_token_ids(documents, self._vocabulary, self.data.dataset, self._model.name)
+
+    def _tokenizer_named(self, name: str | None) -> "PreTrainedTokenizerBase":
+        if name is not None:
+            return open_tokenizer(name, "data.dataset")
+        return self._tokenizer or load_tokenizer(self._model, self.data)
 
     def __iter__(self) -> Iterator[Chunk]:
         index, used = self._cursor["chunk"], self._cursor["used"]
@@ -116,7 +150,7 @@ class TextChunks:
         place: dict[str, Any] = {}
         for place, ids in self._documents():
             while used < len(ids):
-                used = self._fill(context, ids, used)
+                used, _ = self._packing.fill(context, ids, used, begins=False)
                 if len(context) == self.data.context_size:
                     contexts.append(context)
                     context = []
@@ -145,22 +179,14 @@ class TextChunks:
         return is_held_out(text, self.data.eval_fraction) == self._held_out
 
     def _token_ids(self, documents: list[Any]) -> list[list[int]]:
+        if not self._is_text:
+            self._check_ids(documents)
         if not self._is_text or not documents:
             return documents
         assert self._tokenizer is not None
         # Not verbose: that a document is longer than the model's context is no news to a packer.
         ids: list[list[int]] = self._tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
-
-    def _fill(self, context: list[int], ids: list[int], used: int) -> int:
-        """Move ids from ``used`` on into ``context`` until one of them ends; returns how many ids are then used."""
-        # An open context is only ever continued at the start of a document: the last one ended inside it.
-        prefix = self._separator if context else self._bos
-        if prefix is not None and ids[used] != prefix:
-            context.append(prefix)
-        room = self.data.context_size - len(context)
-        context += ids[used : used + room]
-        return min(used + room, len(ids))
 
     def _chunk(self, index: int, contexts: list[list[int]], place: dict[str, Any]) -> Chunk:
         tokens = torch.tensor(contexts)
@@ -175,15 +201,6 @@ class TextChunks:
             value = "true" if key == "data.prepend_bos" else kind
             raise UserError(f"{key}: {value}, but the model's tokenizer has no {kind.upper()} token; use {without}")
         return token
-
-    def _excluded_tokens(self) -> list[int]:
-        exclude = self.data.exclude_special_tokens
-        if not isinstance(exclude, bool):
-            return list(exclude)
-        if not exclude:
-            return []
-        found = (getattr(self._tokenizer, name, None) for name in SPECIAL_TOKENS)
-        return sorted({token for token in found if token is not None})
 
 
 class ImageChunks:
@@ -288,39 +305,55 @@ def _read(rows: Iterator[dict[str, Any]], column: str, size: int) -> list[Any]:
 
 
 def _open_dataset(data: DataConfig) -> "IterableDataset":
-    from datasets import Dataset, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
+    from datasets import Dataset
 
-    path = Path(data.dataset)
-    try:
-        if data.dataset == embedded.NAME:
-            opened = _choose_split({"train": embedded.load_text()}, data)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = load_from_disk(path)
-            opened = _choose_split({str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved, data)
-        else:
-            source, files = (str(path.parent), path.name) if path.is_file() else (data.dataset, None)
-            opened = load_dataset(
-                source,
-                data.dataset_name,
-                data_files=files,
-                split=data.split,
-                revision=data.revision,
-                streaming=data.streaming,
-            )
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        message = f"data.dataset: {data.dataset}, data.split: {data.split}: cannot be opened: {first_line(error)}"
-        raise UserError(message) from error
+    opened = open_dataset(
+        data.dataset, data.split, name=data.dataset_name, revision=data.revision, streaming=data.streaming
+    )
     # One kind of dataset for all: it reads in batches and its state says where it is.
     return opened.to_iterable_dataset() if isinstance(opened, Dataset) else opened
 
 
-def _choose_split(splits: Any, data: DataConfig) -> Any:
-    if data.split not in splits:
-        raise UserError(f"data.split: {data.split}, but {data.dataset} has the splits {', '.join(splits)}")
-    return splits[data.split]
+def open_dataset(
+    dataset: str, split: str | None, keys: tuple[str, str] = ("data.dataset", "data.split"), **options: Any
+) -> Any:
+    """A ``Dataset`` or ``IterableDataset``.
+
+    Args:
+        dataset: hub id, local file or folder (also one that ``save_to_disk`` wrote), or ``embedded``.
+        split: one of its splits; None for a dataset that has just one.
+        keys: what the two are called in messages.
+        options: of ``datasets.load_dataset``, where that is what opens it.
+
+    Raises:
+        UserError: there is no such dataset or split, or it cannot be opened.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    path = Path(dataset)
+    try:
+        if dataset == embedded.NAME:
+            opened: Any = {"train": embedded.load_text()}
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            saved = load_from_disk(path)
+            opened = {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved
+        else:
+            if path.is_file():
+                dataset, options = str(path.parent.resolve()), {**options, "data_files": path.name}
+            opened = load_dataset(dataset, split=split, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        message = f"{keys[0]}: {dataset}, {keys[1]}: {split}: cannot be opened: {first_line(error)}"
+        raise UserError(message) from error
+    return _choose_split(opened, split, f"{keys[1]}: {split}, but {path}") if isinstance(opened, dict) else opened
+
+
+def _choose_split(splits: dict[str, Any], split: str | None, wanted: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split not in splits:
+        raise UserError(f"{wanted} has the splits {', '.join(splits)}")
+    return splits[split]
 
 
 def _find_column(rows: "IterableDataset", data: DataConfig) -> str:
@@ -341,9 +374,8 @@ def _first_value(rows: "IterableDataset", column: str, data: DataConfig) -> Any:
     return row[column]
 
 
-def _holds_text(rows: "IterableDataset", column: str, data: DataConfig) -> bool:
-    """Whether the column holds text (True) or token ids (False); anything else is refused."""
-    value = _first_value(rows, column, data)
+def _holds_text(value: Any, column: str) -> bool:
+    """Whether a column's value is text (True) or token ids (False); anything else is refused."""
     if isinstance(value, str):
         return True
     if isinstance(value, list) and all(isinstance(token, int) for token in value):
