@@ -178,8 +178,20 @@ def _check_device_map(lm: LMTopology) -> None:
             require(value > 0, f"topology.lm.{name}", value, "must be above 0")
 
 
+def _check_cache(lm: LMTopology) -> None:
+    """A run from cached activations has no ranks for the model, so nothing can be said of them."""
+    if lm.cache is None:
+        return
+    default = LMTopology()
+    for name in ("tp", "dp", "parallel"):
+        value, remedy = getattr(lm, name), "is of ranks that run the model; with topology.lm.cache there are none"
+        require(value == getattr(default, name), f"topology.lm.{name}", value, remedy)
+    require(lm.cache != "", "topology.lm.cache", lm.cache, "names no folder; leave it out to run the model")
+
+
 def _check_topology(config: RunConfig) -> None:
     topology, buffer = config.topology, config.buffer
+    _check_cache(topology.lm)
     _check_device_map(topology.lm)
     if topology.lm.parallel == "device_map":
         remedy = "does not go with topology.lm.parallel: device_map; set it to false"

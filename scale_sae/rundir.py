@@ -18,22 +18,20 @@ CONFIG = "config.yaml"
 STOP = "stop"
 
 
-def lock(run_dir: Path) -> IO[str]:
-    """Takes the folder for this process; the lock ends with it. ``UserError`` if another run holds it."""
+def lock(run_dir: Path, key: str = "output_dir") -> IO[str]:
+    """Takes the folder for this process; the lock ends with it. ``UserError`` (of ``key``) if another run holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(f"{key}: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"output_dir: {run_dir} is in use by another run; wait for it or choose another folder"
-        ) from None
+        raise UserError(f"{key}: {run_dir} is in use by another run; wait for it or choose another folder") from None
     except OSError as error:
         raise UserError(
-            f"output_dir: {run_dir} cannot be locked ({error.strerror}); mount it with file locks (Lustre: -o flock)"
+            f"{key}: {run_dir} cannot be locked ({error.strerror}); mount it with file locks (Lustre: -o flock)"
         ) from None
     return handle
 
@@ -101,14 +99,14 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[P
         )
 
 
-def check_shared(run_dir: Path, nonce: str) -> None:
+def check_shared(run_dir: Path, nonce: str, key: str = "output_dir") -> None:
     """``UserError`` if this rank does not see the file that rank 0 made in ``run_dir``."""
     # Network file systems cache the contents of folders for a few seconds.
     for _ in range(20):
         if nonce in os.listdir(run_dir) if run_dir.exists() else False:
             return
         time.sleep(0.5)
-    raise UserError(f"output_dir: {run_dir} is not the same folder on every node; put it on a shared file system")
+    raise UserError(f"{key}: {run_dir} is not the same folder on every node; put it on a shared file system")
 
 
 def find_checkpoint(

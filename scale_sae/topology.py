@@ -5,6 +5,8 @@ are a (dp, tp) grid in row-major order, inside an LM replica they are its tp ran
 """
 
 import datetime
+import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from scale_sae.errors import UserError
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 # LM ranks are done long before the SAE ranks have used up the buffer, and wait for them at the end.
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
+_connections = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Topology:
     ``control`` and ``sae_control`` carry small CPU messages (gloo), ``checkpoint_control`` those of the threads that
     write checkpoints, and nothing else. ``data`` and ``header`` are keyed by
     (LM replica, SAE group) in a dedicated run; in a colocated run the one key is (0, 0) and spans the world.
+    ``evaluation`` (gloo, all ranks; None in a run that does not evaluate) carries what evaluations exchange.
     ``dp_mesh`` is there for the engine fsdp2, ``deepspeed`` (what a JSON file of it holds) for that engine.
     ``wire`` is the device of what ``data`` carries: the CPU where gloo does, which sends nothing from a GPU.
     """
@@ -167,6 +171,33 @@ class Topology:
     lm_control: dist.ProcessGroup | None
     data: Mapping[tuple[int, int], dist.ProcessGroup]
     header: Mapping[tuple[int, int], dist.ProcessGroup]
+    evaluation: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class LMRanks:
+    """One rank's place in a world that only runs the language model: ``replicas`` copies of it, each over some ranks.
+
+    ``devices`` are this rank's, the first of which gets inputs and activations; ``lm_mesh`` are the ranks that share a
+    copy. ``lm_control`` (those ranks) and ``control`` (all ranks) carry small CPU messages.
+    """
+
+    rank: int
+    replica: int
+    replicas: int
+    devices: tuple[torch.device, ...]
+    lm_mesh: DeviceMesh
+    lm_control: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def device(self) -> torch.device:
+        return self.devices[0]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its copy: the one that reads text and writes files."""
+        return dist.get_rank(self.lm_control) == 0
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -178,13 +209,16 @@ def world_from_environment() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def check_world_size(topology: TopologyConfig, world_size: int, config_path: str) -> None:
-    """``UserError`` with both numbers and a command that starts the right one, unless they agree."""
+def check_world_size(topology: TopologyConfig, world_size: int, program: str) -> None:
+    """``UserError`` with both numbers and a command that starts the right one, unless they agree.
+
+    ``program``: what the launcher is to start, such as ``-m scale_sae.train --config C.yaml``.
+    """
     needed = topology.world_size
     if needed != world_size:
         raise UserError(
             f"topology: needs {needed} ranks but {world_size} were started; start it with: accelerate launch "
-            f"{'--multi_gpu ' if needed > 1 else ''}--num_processes {needed} -m scale_sae.train --config {config_path}"
+            f"{'--multi_gpu ' if needed > 1 else ''}--num_processes {needed} {program}"
         )
 
 
@@ -217,7 +251,9 @@ def pick_device(local_rank: int) -> tuple[torch.device, str]:
     return device, pick_backend()
 
 
-def gpus_of_ranks(topology: TopologyConfig, ranks: Sequence[int], gpus: int) -> list[range]:
+def gpus_of_ranks(
+    topology: TopologyConfig, ranks: Sequence[int], gpus: int, sae_ranks: int | None = None
+) -> list[range]:
     """The GPUs of each rank of one machine, by their numbers. Pure.
 
     Each rank has one, ranks taking turns where there are fewer. With ``lm.parallel: device_map`` no two ranks share:
@@ -227,12 +263,14 @@ def gpus_of_ranks(topology: TopologyConfig, ranks: Sequence[int], gpus: int) -> 
         topology: of the run.
         ranks: the machine's ranks, in the order of their local ranks.
         gpus: of the machine, at least 1.
+        sae_ranks: how many of the world's first ranks train SAEs; None: those of ``topology``.
 
     Raises:
         UserError: there are not enough.
     """
     lm = topology.lm
-    n_lm = sum(rank >= topology.sae_ranks for rank in ranks)
+    first_lm = topology.sae_ranks if sae_ranks is None else sae_ranks
+    n_lm = sum(rank >= first_lm for rank in ranks)
     if lm.parallel != "device_map" or not n_lm:
         return [range(place % gpus, place % gpus + 1) for place in range(len(ranks))]
     n_sae = len(ranks) - n_lm
@@ -248,14 +286,16 @@ def gpus_of_ranks(topology: TopologyConfig, ranks: Sequence[int], gpus: int) -> 
             f"topology.lm.devices_per_rank: {share} for each of {n_lm} LM ranks and one for each of {n_sae} SAE ranks "
             f"are {share * n_lm + n_sae} GPUs, but a machine has {gpus}; set it to at most {spare // n_lm}"
         )
-    sizes = [share if rank >= topology.sae_ranks else 1 for rank in ranks]
+    sizes = [share if rank >= first_lm else 1 for rank in ranks]
     return [range(sum(sizes[:place]), sum(sizes[: place + 1])) for place in range(len(ranks))]
 
 
-def pick_devices(topology: TopologyConfig, rank: int, local_rank: int) -> tuple[torch.device, ...]:
+def pick_devices(
+    topology: TopologyConfig, rank: int, local_rank: int, sae_ranks: int | None = None
+) -> tuple[torch.device, ...]:
     """This rank's devices, the first of which is its own for all but the layers of a language model that is spread.
 
-    ``UserError`` where ``topology.lm`` asks for more than the machine has.
+    ``sae_ranks`` as for ``gpus_of_ranks``. ``UserError`` where ``topology.lm`` asks for more than the machine has.
     """
     gpus = usable_gpus()
     if not gpus:
@@ -267,7 +307,7 @@ def pick_devices(topology: TopologyConfig, rank: int, local_rank: int) -> tuple[
         return (torch.device("cpu"),)
     first = rank - local_rank
     last = max(first + local_world_size() - 1, rank)  # launchers of another kind may not say how many they start
-    own = gpus_of_ranks(topology, range(first, last + 1), gpus)[local_rank]
+    own = gpus_of_ranks(topology, range(first, last + 1), gpus, sae_ranks)[local_rank]
     devices = tuple(torch.device("cuda", number) for number in own)
     torch.cuda.set_device(devices[0])
     return devices
@@ -277,6 +317,12 @@ def open_store(rank: int, world_size: int) -> Store:
     """The store in which the ranks find each other: the launcher's, without one rank 0's."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return HashStore()
+    return _shared_store(rank, world_size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+
+
+@functools.cache
+def _shared_store(rank: int, world_size: int, host: str, port: str) -> Store:
+    """The store at ``host:port``, kept: rank 0 of a second run of this process must not close it and open another."""
     base, _, _ = next(iter(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT)))
     return base
 
@@ -284,11 +330,13 @@ def open_store(rank: int, world_size: int) -> Store:
 def connect(rank: int, world_size: int, backend: str, base: Store | None = None) -> Store:
     """Makes the default process group on ``base`` (None: opens the store) and returns a store for the run's own keys.
 
-    The keys hold the launcher's restart count: a restarted rank would otherwise read the addresses of the dead ones.
+    The keys hold the launcher's restart count and how many groups this process had before: a restarted rank, or a
+    second run, would otherwise read the addresses of those before.
     """
     if base is None:
         base = open_store(rank, world_size)
-    store = PrefixStore(f"scale_sae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"scale_sae/{attempt}/{next(_connections)}", base)
     default = "gloo" if backend == "gloo" else f"cpu:gloo,cuda:{backend}"
     dist.init_process_group(default, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return PrefixStore("run", store)
@@ -301,8 +349,11 @@ def build(
     backend: str,
     store: Store,
     deepspeed: Mapping[str, Any] | None = None,
+    evaluates: bool = False,
 ) -> Topology:
     """Makes every process group of the run, in one order on all ranks, and returns this rank's view.
+
+    ``evaluates``: whether the run measures on held-out text while it trains.
 
     Needs the default group of ``connect``. Each group is used once here, so that no communicator is set up lazily
     later, in an order that could differ between ranks.
@@ -337,6 +388,7 @@ def build(
         wire, twin = group(ranks, backend), group(ranks, "gloo")
         if wire is not None and twin is not None:
             data[key], header[key] = wire, twin
+    evaluation = group(range(plan.world_size), "gloo") if evaluates else None
     for _, handle in made:
         dist.all_reduce(torch.zeros(1, device=device if handle.name() == "nccl" else "cpu"), group=handle)
     return Topology(
@@ -356,7 +408,30 @@ def build(
         lm_control=lm_control,
         data=data,
         header=header,
+        evaluation=evaluation,
     )
+
+
+def build_lm(rank: int, world_size: int, tp: int, devices: tuple[torch.device, ...], backend: str) -> LMRanks:
+    """Makes the process groups of a world that only runs the language model; ranks p·tp to p·tp + tp - 1 are copy p.
+
+    Needs the default group of ``connect``. ``UserError`` where the ranks do not divide into copies.
+    """
+    if world_size % tp:
+        raise UserError(
+            f"topology.lm.tp: {tp} ranks for each copy of the model, but {world_size} were started; start a multiple "
+            f"of {tp} with accelerate launch --num_processes, or set topology.lm.tp to a divisor of {world_size}"
+        )
+    replicas = [list(range(first, first + tp)) for first in range(0, world_size, tp)]
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    # Every rank takes part in making every group, in one order, and keeps its own.
+    handles = [dist.new_group(ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT) for ranks in replicas]
+    twins = [dist.new_group(ranks, backend="gloo", timeout=COLLECTIVE_TIMEOUT) for ranks in replicas]
+    replica = rank // tp
+    lm_mesh = DeviceMesh.from_group(handles[replica], devices[0].type)
+    for group in (control, handles[replica], twins[replica]):
+        dist.all_reduce(torch.zeros(1, device=devices[0] if group.name() == "nccl" else "cpu"), group=group)
+    return LMRanks(rank, replica, len(replicas), devices, lm_mesh, twins[replica], control)
 
 
 def _shard(plan: Plan, rank: int, group: Callable[[Sequence[int]], dist.ProcessGroup | None]) -> Shard:

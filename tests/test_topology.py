@@ -142,6 +142,6 @@ def test_devices_are_counted_in_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_number_of_ranks_names_both_and_a_command() -> None:
     topology = TopologyConfig(lm=LMTopology(tp=2), sae=SAETopology(tp=2))
-    check_world_size(topology, 4, "c.yaml")
+    check_world_size(topology, 4, "-m scale_sae.train --config c.yaml")
     with pytest.raises(UserError, match=r"needs 4 ranks but 3 were started.*--num_processes 4 .*--config c\.yaml"):
-        check_world_size(topology, 3, "c.yaml")
+        check_world_size(topology, 3, "-m scale_sae.train --config c.yaml")
