@@ -1,12 +1,11 @@
-"""Writes an SAE of a checkpoint as one SAELens folder, a block of latents at a time, and proves it equal.
+"""Writes an SAE of a checkpoint as one folder, a block of latents at a time, and proves it equal.
 
-Neither the SAE nor the file is ever in memory whole: d_sae · d_in may be larger than the machine. Folder and formats
-are SAELens's: ``sae_weights.safetensors``, ``cfg.json``, ``sparsity.safetensors`` (absent before the first step) and
-``runner_cfg.json``.
+Neither the SAE nor the file is ever in memory whole: d_sae · d_in may be larger than the machine. In SAELens's format a
+folder has ``sae_weights.safetensors``, ``cfg.json``, ``sparsity.safetensors`` (absent before the first step) and
+``runner_cfg.json``; in the others of ``formats`` the first two have other names and contents.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,20 @@ from torch import Tensor
 from scale_sae import checkpoint
 from scale_sae.checkpoint import read_rows, write_json
 from scale_sae.collectives import Shard
+from scale_sae.formats import LAYOUTS, PtReader
 from scale_sae.saes import registry
 from scale_sae.saes.base import TrainingSAE
-from scale_sae.saes.inference import DTYPES, SAE, build, cast
+from scale_sae.saes.inference import CFG_FILE, DTYPES, SAE, WEIGHTS_FILE, build, cast
+from scale_sae.saes.saving import latent_axes, of_latents
 from scale_sae.seeds import generator
-from scale_sae.tensorfile import Reader, Writer, blocks, save
+from scale_sae.tensorfile import Reader, blocks, save
 
-WEIGHTS = "sae_weights.safetensors"
-CFG = "cfg.json"
+WEIGHTS = WEIGHTS_FILE
+CFG = CFG_FILE
 SPARSITY = "sparsity.safetensors"
 RUNNER_CFG = "runner_cfg.json"
 
+PASSES = 3  # over the latents of an SAE: one writes, two compare
 CHECK_ROWS = 16
 CHECK_LATENTS = 32  # active latents per row of the check
 
@@ -47,9 +49,20 @@ class Report:
 
 
 class StoredSAE:
-    """An SAE in a checkpoint, read by blocks of latents in float64, so that a release is rounded once."""
+    """An SAE in a checkpoint, read by blocks of latents in float64, so that a release is rounded once.
 
-    def __init__(self, checkpoint_folder: Path, job: Mapping[str, Any]):
+    ``progress`` is told of how many latents a pass over them has gone on.
+    """
+
+    def __init__(
+        self,
+        checkpoint_folder: Path,
+        job: Mapping[str, Any],
+        layout: str = "saelens",
+        progress: Callable[[int], object] = lambda latents: None,
+    ):
+        """UserError: the layout, of that name in ``formats``, cannot express the SAE."""
+        self.progress = progress
         self.folder = checkpoint.sae_folder(checkpoint_folder, job["sae_id"])
         self.d_in: int = job["d_in"]
         self.d_sae: int = job["d_sae"]
@@ -57,24 +70,18 @@ class StoredSAE:
         self.cfg = registry.training_config(self.architecture, self.d_in, job["cfg"], f"checkpoint: {job['sae_id']}")
         self.scale = self.replicated("activation_scale").item()
         self.target_scale = self.replicated("target_scale").item()
-        # The axis of the latents is the one that grows with their number.
-        few, more = (self._made_up(n).inference_state_dict() for n in (2, 3))
-        self.latent_axis = {
-            name: next(
-                (axis for axis in range(few[name].dim()) if few[name].shape[axis] != more[name].shape[axis]), None
-            )
-            for name in few
-        }
+        self.layout = LAYOUTS[layout](self.cfg.get_inference_sae_cfg_dict(), self.cfg)
+        self.latent_axis = latent_axes(lambda n: self.layout.convert(self._made_up(n).inference_state_dict()))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of latents whose W_enc and W_dec rows fill a block together, in float64."""
-        return blocks(0, self.d_sae, 2 * 8 * self.d_in)
+        for start, stop in blocks(0, self.d_sae, 2 * 8 * self.d_in):
+            yield start, stop
+            self.progress(stop - start)
 
     def _made_up(self, n_latents: int) -> TrainingSAE:
         """An SAE like this one, of other latents: all zeros, float64."""
-        cfg = copy.copy(self.cfg)
-        cfg.d_sae, cfg.dtype = n_latents, "float64"
-        return registry.create(self.architecture, cfg, Shard())
+        return registry.create(self.architecture, of_latents(self.cfg, n_latents), Shard())
 
     @torch.no_grad()
     def block(self, start: int, stop: int) -> TrainingSAE:
@@ -99,12 +106,11 @@ class StoredSAE:
 
     def released(self, start: int, stop: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the release holds of latents ``start..stop`` (W_enc as ``[d_in, stop - start]``) and what has none."""
-        sae = self.unscaled_block(start, stop)
-        return {name: cast(name, tensor, dtype) for name, tensor in sae.inference_state_dict().items()}
-
-    def inference_config(self) -> dict[str, Any]:
-        """The fields of the release's cfg.json, without dtype and metadata of the release."""
-        return dict(self.cfg.get_inference_sae_cfg_dict())
+        tensors = self.layout.convert(self.unscaled_block(start, stop).inference_state_dict())
+        return {
+            name: cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
 
 
 def export_sae(
@@ -113,6 +119,8 @@ def export_sae(
     out_folder: Path,
     metadata: Mapping[str, Any],
     dtype: str | None = None,
+    layout: str = "saelens",
+    progress: Callable[[int], object] = lambda latents: None,
 ) -> Report:
     """Writes one SAE of a checkpoint to ``out_folder`` (made here), reads it back and compares it.
 
@@ -121,32 +129,36 @@ def export_sae(
         job: its entry in ``meta.json``'s ``jobs``.
         metadata: ``cfg.json``'s ``metadata``, to which the options that only training has are added.
         dtype: float32, float64 or bfloat16; None: as trained.
+        layout: a name of ``formats.LAYOUTS``.
+        progress: called with latents, ``PASSES`` times d_sae of them in all.
 
     Raises:
+        UserError: the layout cannot express the SAE.
         ExportError: the file is not, bit for bit, what the checkpoint gives, or does not compute what the shards do.
     """
-    sae = StoredSAE(checkpoint_folder, job)
+    sae = StoredSAE(checkpoint_folder, job, layout, progress)
     name = dtype or sae.cfg.dtype
     out_folder.mkdir(parents=True)
-    write_weights(sae, out_folder / WEIGHTS, DTYPES[name])
-    cfg = {**sae.inference_config(), "dtype": name}
-    details = {option: value for option, value in asdict(sae.cfg).items() if option not in cfg}
-    write_json(out_folder / CFG, {**cfg, "metadata": {**metadata, "training_architecture_details": details}})
+    weights = out_folder / sae.layout.weights
+    write_weights(sae, weights, DTYPES[name])
+    details = {option: value for option, value in asdict(sae.cfg).items() if option not in {*sae.layout.cfg, "dtype"}}
+    about = {**metadata, "training_architecture_details": details}
+    write_json(out_folder / sae.layout.description, sae.layout.describe(name, about))
     write_json(out_folder / RUNNER_CFG, checkpoint.read_meta(checkpoint_folder)["config"])
     write_sparsity(sae, out_folder / SPARSITY)
-    difference = check(sae, out_folder / WEIGHTS, cfg, job["sae_id"])
+    difference = check(sae, weights, {**sae.layout.cfg, "dtype": name}, job["sae_id"])
     return Report(job["sae_id"], out_folder, name, difference)
 
 
 def write_weights(sae: StoredSAE, path: Path, dtype: torch.dtype) -> None:
-    """The single file of weights, as SAELens has them: W_enc ``[d_in, d_sae]``, all others with the latent first."""
-    layout = {}
+    """The single file of weights; in SAELens's format W_enc is ``[d_in, d_sae]``, all others have the latent first."""
+    shapes = {}
     for name, tensor in sae.released(0, 1, dtype).items():
         shape, axis = list(tensor.shape), sae.latent_axis[name]
         if axis is not None:
             shape[axis] = sae.d_sae
-        layout[name] = tensor.dtype, shape
-    with Writer(path, layout) as file:
+        shapes[name] = tensor.dtype, shape
+    with sae.layout.writer(path, shapes) as file:
         for start, stop in sae.blocks():
             for name, tensor in sae.released(start, stop, dtype).items():
                 axis = sae.latent_axis[name]
@@ -158,7 +170,7 @@ def write_weights(sae: StoredSAE, path: Path, dtype: torch.dtype) -> None:
                     file.tensor(name, tensor)
 
 
-def read_block(sae: StoredSAE, file: Reader, start: int, stop: int) -> dict[str, Tensor]:
+def read_block(sae: StoredSAE, file: Reader | PtReader, start: int, stop: int) -> dict[str, Tensor]:
     """Latents ``start..stop`` of every tensor in a file of weights, and what has no latents, as stored."""
     found = {}
     for name, axis in sae.latent_axis.items():
@@ -204,14 +216,15 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
     """
     x = torch.randn(CHECK_ROWS, sae.d_in, dtype=torch.float64, generator=generator("export check", sae_id))
     pre, unscaled_pre, released_pre = x.new_empty(3, CHECK_ROWS, sae.d_sae)
-    with Reader(path) as file:
+    with sae.layout.reader(path) as file:
         for start, stop in sae.blocks():
             found = read_block(sae, file, start, stop)
             for name, tensor in sae.released(start, stop, DTYPES[cfg["dtype"]]).items():
                 _require_equal(sae_id, name, found[name], tensor)
             pre[:, start:stop] = sae.block(start, stop).encode_with_hidden_pre(x * sae.scale)[1]
-            unscaled_pre[:, start:stop] = sae.unscaled_block(start, stop).encode_with_hidden_pre(x)[1]
-            released_pre[:, start:stop] = _reader_s(cfg, found, path).pre_activations(x)
+            unscaled = sae.unscaled_block(start, stop)
+            unscaled_pre[:, start:stop] = unscaled.encode_with_hidden_pre(x)[1] * sae.layout.units(unscaled.W_dec)
+            released_pre[:, start:stop] = _reader_s(cfg, sae.layout.restore(found), path).pre_activations(x)
         x_hat, released_x_hat = _reconstruct(sae, file, cfg, x, pre, released_pre)
     difference = max(_relative(released_pre, unscaled_pre), _relative(released_x_hat, x_hat))
     if not difference <= tolerance(cfg["dtype"]):  # NaN is no agreement
@@ -229,7 +242,7 @@ def _reader_s(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
 
 
 def _reconstruct(
-    sae: StoredSAE, file: Reader, cfg: Mapping[str, Any], x: Tensor, pre: Tensor, released_pre: Tensor
+    sae: StoredSAE, file: Reader | PtReader, cfg: Mapping[str, Any], x: Tensor, pre: Tensor, released_pre: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Both reconstructions ``[B, d_out]`` of ``x``, from the largest of ``pre [B, d_sae]`` in each row."""
     latents = pre.topk(min(CHECK_LATENTS, sae.d_sae)).indices
@@ -237,7 +250,7 @@ def _reconstruct(
     released_acts = torch.zeros_like(pre).scatter_(1, latents, released_pre.gather(1, latents))
     trained = released = torch.zeros((), dtype=torch.float64)
     for start, stop in sae.blocks():
-        reader = _reader_s(cfg, read_block(sae, file, start, stop), file.path)
+        reader = _reader_s(cfg, sae.layout.restore(read_block(sae, file, start, stop)), file.path)
         block = sae.block(start, stop)
         trained = trained + _decoded(block, x * sae.scale, acts[:, start:stop], first=start == 0)
         released = released + _decoded(reader, x, released_acts[:, start:stop], first=start == 0)

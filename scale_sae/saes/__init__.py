@@ -1,12 +1,6 @@
 """SAE architectures. Each is handed a Shard and never sees the topology."""
 
-from scale_sae.saes.base import (
-    TrainCoefficientConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-)
+from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
 from scale_sae.saes.batchtopk import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -24,10 +18,18 @@ from scale_sae.saes.released import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
     StandardSAE,
     StandardSAEConfig,
     TopKSAE,
     TopKSAEConfig,
+    Transcoder,
+    TranscoderConfig,
 )
 from scale_sae.saes.standard import StandardTrainingSAE, StandardTrainingSAEConfig
 from scale_sae.saes.topk import (
@@ -36,6 +38,7 @@ from scale_sae.saes.topk import (
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
+from scale_sae.saes.training_config import TrainCoefficientConfig, TrainingSAEConfig
 from scale_sae.saes.transcoder import (
     BatchTopKSkipTrainingTranscoder,
     BatchTopKSkipTranscoderTrainingConfig,
@@ -75,19 +78,35 @@ __all__ = [
     "AbsTopKSAEConfig",
     "AbsTopKTrainingSAE",
     "AbsTopKTrainingSAEConfig",
+    "BatchTopKSkipTrainingTranscoder",
+    "BatchTopKSkipTranscoderTrainingConfig",
     "BatchTopKTrainingSAE",
     "BatchTopKTrainingSAEConfig",
+    "BatchTopKTrainingTranscoder",
+    "BatchTopKTranscoderTrainingConfig",
     "GatedSAE",
     "GatedSAEConfig",
     "GatedTrainingSAE",
     "GatedTrainingSAEConfig",
     "JumpReLUSAE",
     "JumpReLUSAEConfig",
+    "JumpReLUSkipTrainingTranscoder",
+    "JumpReLUSkipTranscoder",
+    "JumpReLUSkipTranscoderConfig",
+    "JumpReLUSkipTranscoderTrainingConfig",
     "JumpReLUTrainingSAE",
     "JumpReLUTrainingSAEConfig",
+    "JumpReLUTrainingTranscoder",
+    "JumpReLUTranscoder",
+    "JumpReLUTranscoderConfig",
+    "JumpReLUTranscoderTrainingConfig",
     "MatryoshkaBatchTopKTrainingSAE",
     "MatryoshkaBatchTopKTrainingSAEConfig",
     "SAEConfig",
+    "SkipTrainingTranscoder",
+    "SkipTranscoder",
+    "SkipTranscoderConfig",
+    "SkipTranscoderTrainingConfig",
     "StandardSAE",
     "StandardSAEConfig",
     "StandardTrainingSAE",
@@ -101,6 +120,10 @@ __all__ = [
     "TrainStepOutput",
     "TrainingSAE",
     "TrainingSAEConfig",
+    "TrainingTranscoder",
+    "Transcoder",
+    "TranscoderConfig",
+    "TranscoderTrainingConfig",
     "create",
     "register_sae_class",
     "register_sae_training_class",

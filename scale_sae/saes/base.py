@@ -1,4 +1,4 @@
-"""What every SAE in training has: config, parameters, their initialisation, a training step, and its way to a release.
+"""What every SAE in training has: parameters, their initialisation, a training step, and its way to a release.
 
 Names and signatures are SAELens's, so that a class written for it shards after a change of imports and a few words:
 tensors over latents hold this shard's latents only, and what mixes latents goes through ``self.shard``.
@@ -6,10 +6,11 @@ tensors over latents hold this shard's latents only, and what mixes latents goes
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor, nn
@@ -19,68 +20,13 @@ from scale_sae.errors import UserError
 from scale_sae.kernels.codes import Codes, Encoder
 from scale_sae.kernels.dense import encode_dense
 from scale_sae.kernels.rows import Collected
-from scale_sae.saes.inference import DTYPES, SAEConfig, released_architectures, sae_class
+from scale_sae.saes import saving
+from scale_sae.saes.inference import DTYPES
 from scale_sae.saes.norms import row_norm
+from scale_sae.saes.training_config import Config, TrainCoefficientConfig
 from scale_sae.seeds import generator
 
 INIT_BLOCK = 64  # latents that share a random stream; a shard draws whole blocks and keeps its own rows
-
-
-class TrainCoefficientConfig(NamedTuple):
-    """A loss coefficient that rises linearly from 0, at step 0, to ``value`` in ``warm_up_steps`` steps."""
-
-    value: float
-    warm_up_steps: int
-
-    def at(self, step: int) -> float:
-        """The value at a step, from 0."""
-        return self.value * min(1.0, step / self.warm_up_steps) if self.warm_up_steps > 0 else self.value
-
-
-@dataclass(kw_only=True)
-class TrainingSAEConfig(ABC):
-    """Options of every architecture; names and defaults are SAELens's."""
-
-    d_in: int  # width of the activations
-    d_sae: int  # latents, over all shards
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of the parameters
-    apply_b_dec_to_input: bool = True  # subtract b_dec before the encoder
-    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "constant_norm_rescale"] = "none"
-    reshape_activations: Literal["none"] = "none"
-    decoder_init_norm: float | None = 0.1  # norm of each decoder row at the start; null: as drawn
-
-    @classmethod
-    @abstractmethod
-    def architecture(cls) -> str:
-        """The name that a config file gives this architecture."""
-
-    def problems(self) -> dict[str, str]:
-        """What is wrong with the values: field → what it must be. Types are checked before."""
-        found = {}
-        if self.d_sae <= 0:
-            found["d_sae"] = "must be at least 1"
-        if self.decoder_init_norm is not None and not self.decoder_init_norm > 0:
-            found["decoder_init_norm"] = "must be more than 0, or null to keep the norms as drawn"
-        return found
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        """The config class of the released SAE: that of the same name, or of the name of the class derived from."""
-        for cls in type(self).__mro__:
-            if issubclass(cls, TrainingSAEConfig) and cls.architecture() in released_architectures():
-                return sae_class(cls.architecture())[1]
-        raise UserError(
-            f"architecture {self.architecture()}: has no released form; register one of that name with "
-            "register_sae_class, or let get_inference_config_class name one"
-        )
-
-    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        """The released cfg.json without its metadata: the released config's fields, with the values they have here."""
-        released = self.get_inference_config_class()
-        names = {f.name for f in fields(released)} & {f.name for f in fields(self)}
-        cfg = {name: getattr(self, name) for name in sorted(names)}
-        if self.normalize_activations == "expected_average_only_in":
-            cfg["normalize_activations"] = "none"  # its factor is folded into the weights
-        return {"architecture": released.architecture(), "device": "cpu", **cfg}
 
 
 @dataclass(kw_only=True)
@@ -189,6 +135,9 @@ class SparseTrainStepOutput(TrainStepOutput):
         return torch.tensor(len(self.codes.latents), device=self.codes.latents.device)
 
 
+# What a config of SAELens's says beside the options: it is said elsewhere here, or asks for nothing.
+NOT_OPTIONS = frozenset({"architecture", "device", "metadata", "use_sparse_activations"})
+
 # What a subclass may replace only on dense activations: steps on codes or on few entries do not call it.
 DENSE_HOOKS = (
     "get_activation_fn",
@@ -202,11 +151,12 @@ DENSE_HOOKS = (
 )
 
 
-class TrainingSAE(nn.Module, ABC):
+class TrainingSAE(nn.Module, ABC, Generic[Config]):
     """One shard's part of an SAE that trains: plain local tensors, every per-latent one with the latent as dimension 0.
 
     Attributes:
         cfg: the options, of the whole SAE.
+        metadata: where the SAE comes from, for the ``metadata`` of its cfg.json: ``hook_name``, ``model_name``, ...
         shard: this shard's place among the shards; its slice of the latents is ``shard.rows(cfg.d_sae)``.
         n_local: the latents of this shard.
         d_out: width of what is reconstructed: d_in, but for transcoders.
@@ -225,10 +175,15 @@ class TrainingSAE(nn.Module, ABC):
     replicated: ClassVar[frozenset[str]] = frozenset({"b_dec"})
     changed_in_step: ClassVar[frozenset[str] | None] = None
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
-        """Weights are 0 until ``initialize`` or a checkpoint fills them. UserError if d_sae cannot be split evenly."""
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
+        """Weights are 0 until ``initialize`` or a checkpoint fills them; ``from_dict`` makes an SAE that is filled.
+
+        ``shard``: None for an SAE that is whole. UserError if d_sae cannot be split evenly.
+        """
         super().__init__()
+        shard = Shard() if shard is None else shard
         self.cfg = cfg
+        self.metadata: dict[str, Any] = {}
         self.shard = shard.over(cfg.d_sae)
         self.dtype = DTYPES[cfg.dtype]
         self.rows = shard.rows(cfg.d_sae)
@@ -240,6 +195,38 @@ class TrainingSAE(nn.Module, ABC):
         self.W_enc_rows = self.zeros(self.n_local, cfg.d_in, device=device)
         self.W_dec = self.zeros(self.n_local, self.d_out, device=device)
         self.b_dec = self.zeros(self.d_out, device=device)
+
+    @staticmethod
+    def from_dict(
+        config_dict: Mapping[str, Any],
+        shard: Shard | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> "TrainingSAE[Any]":
+        """A new SAE, of the class that is registered for its ``architecture``, with its first weights.
+
+        Args:
+            config_dict: what the config's ``to_dict`` gives; one of SAELens's configs will do.
+            shard: this process's, where several share the latents (``launched_shard``); None: the SAE is whole.
+            device: where it goes; None: the ``device`` that the dict names, else the CPU.
+            seed: of the weights, which do not depend on the number of shards.
+
+        Raises:
+            UserError: an unknown architecture; an option that is unknown, missing or wrong; d_sae cannot be split
+                evenly over the shards.
+        """
+        from scale_sae.saes import registry  # which needs this module
+
+        architecture, d_in = config_dict.get("architecture"), config_dict.get("d_in")
+        if not isinstance(architecture, str) or not isinstance(d_in, int):
+            raise UserError("the config of an SAE: names no architecture and d_in; give what its to_dict() returns")
+        options = {name: value for name, value in config_dict.items() if name not in NOT_OPTIONS}
+        cfg = registry.training_config(architecture, d_in, options, "sae")
+        device = config_dict.get("device", "cpu") if device is None else device
+        sae = registry.create(architecture, cfg, Shard() if shard is None else shard, device)
+        sae.metadata = dict(config_dict.get("metadata") or {})
+        sae.initialize(seed, "")
+        return sae
 
     @classmethod
     def multiply_adds(cls, cfg: Any) -> int:
@@ -267,6 +254,11 @@ class TrainingSAE(nn.Module, ABC):
     def block_rows(self, columns: int) -> int:
         """How many rows of a dense matrix with as many columns may exist at once."""
         return max(1, self.pre_activation_bytes // (columns * self.dtype.itemsize))
+
+    @property
+    def device(self) -> torch.device:
+        """That of the weights."""
+        return self.b_dec.device
 
     @property
     def W_enc(self) -> Tensor:
@@ -384,6 +376,17 @@ class TrainingSAE(nn.Module, ABC):
 
     # ---- the release ------------------------------------------------------------------------------------------------
 
+    def encode_as_released(self, x: Tensor) -> Tensor:
+        """As ``encode``, by the rule of the release where that is another: what is fitted by ``fit_for_release``.
+
+        Rows must know nothing of each other.
+        """
+        return self.encode(x)
+
+    def activation_factor(self, target_factor: float) -> float:
+        """What the release's activations are multiplied by here, where targets are multiplied by ``target_factor``."""
+        return 1.0
+
     def fit_for_release(self, sae_in: Tensor) -> None:
         """Called before each checkpoint with the last batch ``[B, d_in]``: fits what the release alone needs.
 
@@ -415,6 +418,27 @@ class TrainingSAE(nn.Module, ABC):
         state["W_enc"] = state.pop("W_enc_rows").T
         self.process_state_dict_for_saving_inference(state)
         return state
+
+    def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
+        """Writes the SAE as SAELens releases one; ``scale_sae.SAE.load_from_disk`` and SAELens's read it.
+
+        All shards call it; the first one writes. The SAE stays as it is.
+
+        Args:
+            path: the folder of the SAE; made if it is not there.
+
+        Returns:
+            The paths of ``sae_weights.safetensors`` and ``cfg.json``, which are written aside and renamed.
+
+        Raises:
+            UserError: a weight is not finite, or the factor of ``expected_average_only_in`` is not folded in.
+        """
+        if self.cfg.normalize_activations == "expected_average_only_in":
+            raise UserError(
+                "normalize_activations: expected_average_only_in, but its factor is not folded into the weights yet; "
+                "save what SAETrainer.fit returns"
+            )
+        return saving.save_release(self, Path(path))
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and buffers: what a checkpoint holds."""

@@ -58,7 +58,7 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
     topk_threshold_weight: Tensor
     release_threshold: Tensor
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         for name in ("topk_threshold", "topk_threshold_weight", "release_threshold"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
@@ -107,6 +107,13 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         least = self._least(scores).to(torch.promote_types(self.dtype, torch.float32))
         below = torch.nextafter(least, torch.zeros_like(least))
         self.release_threshold.copy_(torch.where(found == wanted, below, 0.0))
+
+    def encode_as_released(self, x: Tensor) -> Tensor:
+        """What lies above the release's threshold."""
+        hidden_pre = self._hidden_pre(x)
+        # With a dimension, so that it is compared in its own dtype, as a release's are.
+        threshold = self.release_threshold[None].to(torch.promote_types(self.dtype, torch.float32))
+        return torch.relu(hidden_pre).masked_fill(hidden_pre <= threshold, 0)
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float, target_factor: float | None = None) -> None:

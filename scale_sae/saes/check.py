@@ -19,9 +19,10 @@ from torch import Tensor
 from scale_sae.collectives import Shard
 from scale_sae.errors import UserError
 from scale_sae.saes import registry
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
 from scale_sae.saes.inference import SAE, build
 from scale_sae.saes.simulated_shards import LeftAloneError, OutOfStepError, on_shards
+from scale_sae.saes.training_config import TrainCoefficientConfig
 from scale_sae.seeds import generator
 
 ROWS = 8

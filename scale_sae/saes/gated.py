@@ -8,9 +8,10 @@ from torch import Tensor
 
 from scale_sae.collectives import Shard
 from scale_sae.kernels.dense import AllEntries, Entries
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, keeps_hooks
+from scale_sae.saes.base import TrainStepInput, keeps_hooks
 from scale_sae.saes.entrywise import EntrywiseTrainingSAE
 from scale_sae.saes.standard import coefficient_problems
+from scale_sae.saes.training_config import TrainCoefficientConfig, TrainingSAEConfig
 
 
 @dataclass(kw_only=True)
@@ -36,7 +37,7 @@ class GatedTrainingSAE(EntrywiseTrainingSAE):
         r_mag: ``[n_local]``, log of the magnitudes' factor over the gate's encoder rows.
     """
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_gate = self.zeros(self.n_local, device=device)
         self.b_mag = self.zeros(self.n_local, device=device)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from scale_sae.errors import UserError, nearest
 from scale_sae.kernels.codes import Codes
 from scale_sae.saes.norms import RUNTIME_NORMS, row_norm
+from scale_sae.tensorfile import save
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+SAELENS_VERSION = "6.54.12"  # whose format releases have; SAELens's loaders ask
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -63,6 +65,11 @@ class SAEConfig(ABC):
         for name in ("d_in", "d_sae"):
             check_positive_integer(name, getattr(self, name))
         as_dtype(self.dtype)
+        for f in fields(self):
+            if f.type is bool and not isinstance(getattr(self, f.name), bool):
+                raise UserError(f"{f.name}: {getattr(self, f.name)!r} must be true or false")
+        if not isinstance(self.metadata, dict):
+            raise UserError(f"metadata: {self.metadata!r} must be an object")
         for name, allowed in (
             ("normalize_activations", RELEASED_NORMS),
             ("reshape_activations", ("none", "hook_z")),
@@ -170,6 +177,23 @@ class SAE(nn.Module, ABC):
             raise UserError(f"{folder}: {error}") from None
         return build(cfg, _read_tensors(folder / WEIGHTS_FILE, device, dtype), str(folder))
 
+    def save_model(self, folder: Path | str) -> tuple[Path, Path]:
+        """Writes the SAE as a folder that ``load_from_disk`` and SAELens read; the folder is made if it is not there.
+
+        Returns:
+            The paths of ``sae_weights.safetensors`` and ``cfg.json``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(folder / WEIGHTS_FILE, self.state_dict())
+        cfg = self.cfg.to_dict() | {"device": "cpu"}
+        cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION} | cfg["metadata"]
+        (folder / CFG_FILE).write_text(json.dumps(cfg, indent=1) + "\n")
+        return folder / WEIGHTS_FILE, folder / CFG_FILE
+
+    # What a script calls on the SAE that a runner has trained, whose class in SAELens is another.
+    save_inference_model = save_model
+
     @staticmethod
     def from_pretrained(
         release: str,
@@ -260,7 +284,7 @@ def released_architectures() -> list[str]:
 
 def sae_class(architecture: Any) -> tuple[type[SAE], type[SAEConfig]]:
     """The classes of a registered architecture; UserError for an unknown one."""
-    if architecture not in _CLASSES:
+    if not isinstance(architecture, str) or architecture not in _CLASSES:
         known = ", ".join(released_architectures())
         raise UserError(
             f"unknown architecture {architecture!r}{nearest(str(architecture), _CLASSES)}; known are {known}; "
@@ -341,11 +365,16 @@ def read_cfg(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: holds no {CFG_FILE}; give the folder of one SAE of a release")
     try:
         cfg = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: is not JSON ({error}); get the file again") from None
     if not isinstance(cfg, dict):
         raise UserError(f"{path}: must hold an object with the SAE's fields, not {type(cfg).__name__}")
-    return cfg if "architecture" in cfg and "metadata" in cfg else _of_before_v6(cfg)
+    if "architecture" in cfg and "metadata" in cfg:
+        return cfg
+    try:
+        return _of_before_v6(cfg)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: is no cfg.json of an SAE ({error!r}); get the file again") from None
 
 
 def _of_before_v6(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from torch.autograd.function import once_differentiable
 
 from scale_sae.collectives import Shard
 from scale_sae.kernels.dense import AllEntries, Entries
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput, keeps_hooks
+from scale_sae.saes.base import TrainStepInput, TrainStepOutput, keeps_hooks
 from scale_sae.saes.entrywise import EntrywiseTrainingSAE
 from scale_sae.saes.standard import coefficient_problems
+from scale_sae.saes.training_config import TrainCoefficientConfig, TrainingSAEConfig
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,7 @@ class JumpReLUTrainingSAE(EntrywiseTrainingSAE):
 
     changed_in_step: ClassVar[frozenset[str] | None] = frozenset({"threshold"})
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
         dtype = torch.promote_types(self.dtype, torch.float32)
@@ -116,6 +117,10 @@ class JumpReLUTrainingSAE(EntrywiseTrainingSAE):
         """1 where a pre-activation is above its threshold, else 0; or that times the pre-activation."""
         threshold = entries.of_latents(self.threshold.to(pre.dtype))
         return _Jump.apply(pre, threshold, self.cfg.jumprelu_bandwidth, self.cfg.jumprelu_ste_to_input, times_input)
+
+    def encode_as_released(self, x: Tensor) -> Tensor:
+        """With thresholds that the last update took below 0 put back to it, as the next step would."""
+        return self.encode(x).clamp_min(0)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)

@@ -12,7 +12,8 @@ import torch
 
 from scale_sae.collectives import Shard
 from scale_sae.errors import UserError, nearest
-from scale_sae.saes.base import TrainingSAE, TrainingSAEConfig
+from scale_sae.saes.base import TrainingSAE
+from scale_sae.saes.training_config import TrainingSAEConfig
 
 Registered = tuple[type[TrainingSAE], type[TrainingSAEConfig]]
 

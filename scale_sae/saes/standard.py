@@ -8,8 +8,9 @@ from torch import Tensor
 
 from scale_sae.collectives import Shard
 from scale_sae.kernels.dense import AllEntries, Entries
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAEConfig, TrainStepInput, keeps_hooks
+from scale_sae.saes.base import TrainStepInput, keeps_hooks
 from scale_sae.saes.entrywise import EntrywiseTrainingSAE
+from scale_sae.saes.training_config import TrainCoefficientConfig, TrainingSAEConfig
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ def coefficient_problems(cfg: Any, coefficient: str, warm_up_steps: str) -> dict
 class StandardTrainingSAE(EntrywiseTrainingSAE):
     """SAELens's standard SAE: the penalty is the p-norm, per row, of the activations times their decoder norms."""
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
 

@@ -17,15 +17,9 @@ from scale_sae.kernels.codes import (
     decode_selected,
     encode_selected,
 )
-from scale_sae.saes.base import (
-    SparseTrainStepOutput,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-    keeps_hooks,
-)
+from scale_sae.saes.base import SparseTrainStepOutput, TrainingSAE, TrainStepInput, TrainStepOutput, keeps_hooks
 from scale_sae.saes.released import decoder_norms
+from scale_sae.saes.training_config import TrainingSAEConfig
 from scale_sae.selection import Selection, TopK
 
 
@@ -72,7 +66,7 @@ class TopKTrainingSAE(TrainingSAE):
 
     changed_in_step: ClassVar[frozenset[str] | None] = frozenset()
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.b_enc = self.zeros(self.n_local, device=device)
 
@@ -287,6 +281,10 @@ class TopKTrainingSAE(TrainingSAE):
         return output
 
     # ---- the release ------------------------------------------------------------------------------------------------
+
+    def activation_factor(self, target_factor: float) -> float:
+        """With rescaling activations are in units of the decoder's norms, which the fold divides by the factor."""
+        return target_factor if self.cfg.rescale_acts_by_decoder_norm else 1.0
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
         """With rescaling the norms move from W_dec into the encoder, which changes neither activations nor output."""

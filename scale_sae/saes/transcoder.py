@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_sae.collectives import Shard
-from scale_sae.saes.base import TrainingSAE, TrainingSAEConfig
+from scale_sae.saes.base import TrainingSAE
 from scale_sae.saes.batchtopk import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from scale_sae.saes.inference import SAEConfig
 from scale_sae.saes.jumprelu import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
@@ -22,6 +22,7 @@ from scale_sae.saes.released import (
     TranscoderConfig,
 )
 from scale_sae.saes.standard import StandardTrainingSAE, StandardTrainingSAEConfig
+from scale_sae.saes.training_config import TrainingSAEConfig
 
 
 class Transcoding(TrainingSAE):
@@ -43,7 +44,7 @@ class SkipTranscoding(Transcoding):
 
     replicated: ClassVar[frozenset[str]] = Transcoding.replicated | {"W_skip"}
 
-    def __init__(self, cfg: Any, shard: Shard, device: torch.device | str = "cpu"):
+    def __init__(self, cfg: Any, shard: Shard | None = None, device: torch.device | str = "cpu"):
         super().__init__(cfg, shard, device)
         self.W_skip = self.zeros(self.d_out, cfg.d_in, device=device)
 
