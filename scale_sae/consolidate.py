@@ -1,38 +1,50 @@
 """Makes a release of a run's newest intact checkpoint: ``python -m scale_sae.consolidate RUN_DIR --out DIR``.
 
-Each SAE becomes one folder in SAELens's format, ``DIR/<sae_id>/``, beside a model card. Every file is read back and
-compared with the sharded SAE; ``DIR`` appears when all of them are equal, or not at all. SAEs are read and written in
-blocks, so that memory does not grow with them.
+Each SAE becomes one folder, ``DIR/<sae_id>/``, beside a model card, in SAELens's format or another library's. Every
+file is read back and compared with the sharded SAE; ``DIR`` appears when all of them are equal, or not at all. SAEs are
+read and written in blocks, so that memory does not grow with them.
 """
 
 import inspect
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fire
 import torch
 
-from scale_sae import checkpoint, config
+from scale_sae import card, checkpoint, config
+from scale_sae.card import CARD, EVAL, PLOT
 from scale_sae.checkpoint import read_rows
 from scale_sae.errors import UserError, nearest
-from scale_sae.export import CFG, RUNNER_CFG, SPARSITY, WEIGHTS, ExportError, Report, export_sae
+from scale_sae.export import PASSES, RUNNER_CFG, SPARSITY, ExportError, Report, StoredSAE, export_sae
+from scale_sae.formats import LAYOUTS
+from scale_sae.hook_names import to_transformer_lens
+from scale_sae.progress import progress_bar
 from scale_sae.saes.inference import DTYPES as READABLE
+from scale_sae.saes.inference import SAELENS_VERSION
 
-SAELENS_VERSION = "6.54.12"  # whose format the releases have; SAELens's loaders ask
-CARD = "README.md"
 DTYPES = {name: READABLE[name] for name in ("float32", "float64", "bfloat16")}
-TAG = "- scale_sae"  # the line of a model card that tells a release of this command
-SAE_FILES = {WEIGHTS, CFG, SPARSITY, RUNNER_CFG, "eval.json"}
+SAE_FILES = {SPARSITY, RUNNER_CFG, EVAL, PLOT} | {
+    name for layout in LAYOUTS.values() for name in (layout.weights, layout.description)
+}
+OPTIONS = ("out", "step", "dtype", "format")
 
 
 def main(
-    run_dir: Any = None, *extra: Any, out: Any = None, step: Any = None, dtype: Any = None, **unknown: Any
+    run_dir: Any = None,
+    *extra: Any,
+    out: Any = None,
+    step: Any = None,
+    dtype: Any = None,
+    format: Any = "saelens",
+    **unknown: Any,
 ) -> None:
-    """python -m scale_sae.consolidate RUN_DIR --out DIR [--step N] [--dtype D]
+    """python -m scale_sae.consolidate RUN_DIR --out DIR [--step N] [--dtype D] [--format F]
 
     Writes the SAEs of a run's checkpoint as a release that SAELens loads.
 
@@ -41,22 +53,23 @@ def main(
         out: folder of the release; replaced if it is a release already.
         step: the checkpoint's step. Without it: the newest that is intact.
         dtype: float32, float64 or bfloat16. Without it: as trained.
+        format: saelens, sparsify or dictionary_learning: the library whose files are written. Without it: saelens.
     """
     if unknown.keys() & {"help", "h"}:  # Fire hands them over, as it does every flag that is not declared
         print(inspect.getdoc(main))
         return
     try:
-        _check_arguments(run_dir, extra, out, step, dtype, unknown)
-        consolidate(Path(str(run_dir)), Path(str(out)), step, dtype)
+        _check_arguments(run_dir, extra, out, step, dtype, format, unknown)
+        consolidate(Path(str(run_dir)), Path(str(out)), step, dtype, format)
     except (UserError, ExportError, OSError) as error:  # OSError: a full disk, or a folder that may not be written
         sys.exit(f"error: {error}")
 
 
 def _check_arguments(
-    run_dir: Any, extra: Sequence[Any], out: Any, step: Any, dtype: Any, unknown: Mapping[str, Any]
+    run_dir: Any, extra: Sequence[Any], out: Any, step: Any, dtype: Any, layout: Any, unknown: Mapping[str, Any]
 ) -> None:
     for name, value in unknown.items():
-        raise UserError(f"--{name} {value}: no such option{nearest(name, ('out', 'step', 'dtype'))}")
+        raise UserError(f"--{name} {value}: no such option{nearest(name, OPTIONS)}")
     if extra:
         raise UserError(f"{extra[0]}: the run's output_dir is the only argument; the release's folder goes after --out")
     if run_dir is None:
@@ -67,13 +80,18 @@ def _check_arguments(
         raise UserError(f"--step {step}: must be the number of a step")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"--format {layout}: must be one of {', '.join(LAYOUTS)}{nearest(str(layout), LAYOUTS)}")
 
 
-def consolidate(run_dir: Path, out: Path, step: int | None = None, dtype: str | None = None) -> list[Report]:
+def consolidate(
+    run_dir: Path, out: Path, step: int | None = None, dtype: str | None = None, layout: str = "saelens"
+) -> list[Report]:
     """Writes the release and prints a line per SAE; arguments as for `main`.
 
     Raises:
-        UserError: no intact checkpoint (of that step), or ``out`` holds something else.
+        UserError: no intact checkpoint (of that step), ``out`` holds something else, or the layout cannot express one
+            of the SAEs.
         ExportError: a written SAE is not equal to the sharded one.
     """
     if out.exists() and not is_release(out):
@@ -92,16 +110,22 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None, dtype: str | 
                 healthy.append(job)
         if not healthy:
             raise UserError(f"{run_dir}: every SAE has diverged; train again with a lower train.lr")
-        described = [(job, metadata(folder, meta, job)) for job in healthy]
-        reports = []
-        for job, about in described:
-            report = export_sae(folder, job, aside / checkpoint.folder_name(job["sae_id"]), about, dtype)
-            reports.append(report)
+        # before anything is written: whether each can be expressed
+        fields = [StoredSAE(folder, job, layout).layout.cfg for job in healthy]
+        reports, released = [], []
+        with progress_bar(PASSES * sum(job["d_sae"] for job in healthy), "Consolidating", "latents") as bar:
+            for job, cfg in zip(healthy, fields, strict=True):
+                about = metadata(folder, meta, job)
+                name = checkpoint.folder_name(job["sae_id"])
+                report = export_sae(folder, job, aside / name, about, dtype, layout, bar.update)
+                reports.append(report)
+                released.append(card.Entry(name, {**cfg, "dtype": report.dtype, "metadata": about}))
+        for report in reports:
             print(
                 f"{report.sae_id}: written as {report.dtype}, reloaded, equals the sharded SAE of step {meta['step']} "
                 f"(largest relative difference {report.difference:.1e})"
             )
-        (aside / CARD).write_text(model_card(meta, described, command(run_dir, out, step, dtype)))
+        (aside / CARD).write_text(card.text(released, layout=layout))
         _replace(out.absolute(), aside)
     finally:
         if aside.exists():
@@ -133,7 +157,7 @@ def is_release(folder: Path) -> bool:
     if not folder.is_dir() or not files:
         return folder.is_dir()
     known = all(path.name in SAE_FILES or path == Path(CARD) for path in files)
-    return known and (folder / CARD).exists() and TAG in (folder / CARD).read_text().splitlines()
+    return known and (folder / CARD).exists() and card.is_ours((folder / CARD).read_text(errors="replace"))
 
 
 def _replace(out: Path, aside: Path) -> None:
@@ -151,7 +175,11 @@ def _replace(out: Path, aside: Path) -> None:
 def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """SAELens's metadata of one SAE, and where it comes from."""
     run = config.from_dict(meta["config"])
-    statistics = firing_statistics(folder, job, run.train_of(run.saes[job["entry"]]).dead_feature_window_tokens)
+    train = run.train_of(run.saes[job["entry"]])
+    places = [job["hookpoint"], *([job["target"]] if job["target"] != job["hookpoint"] else [])]
+    translated = [to_transformer_lens(place) for place in places]
+    names = places if None in translated else translated  # all of one library
+    statistics = firing_statistics(folder, job, train.dead_feature_window_tokens)
     return {
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
@@ -159,13 +187,16 @@ def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> d
         "training_architecture": job["architecture"],
         "training_steps": meta["step"],
         "training_tokens": meta["tokens"],
+        "training_options": {"seed": run.seed, **asdict(train)},
+        "released_with": {"scale_sae": _version(), "torch": str(torch.__version__)},
         "model_name": run.model.name,
         "model_revision": run.model.revision,
         "model_class_name": run.model.auto_class,
         "model_from_pretrained_kwargs": {},
-        "hook_name": job["hookpoint"],
+        **dict(zip(("hook_name", "hook_name_out"), names, strict=False)),  # TransformerLens's, where it has them
+        **dict(zip(("hf_hook_name", "hf_hook_name_out"), places, strict=False)),  # transformers'
         "hook_head_index": None,
-        **({"hook_name_out": job["target"]} if job["target"] != job["hookpoint"] else {}),
+        "neuronpedia_id": None,
         "dataset_path": run.data.dataset,
         "context_size": run.data.context_size,
         "seqpos_slice": run.data.seqpos_slice,
@@ -175,6 +206,14 @@ def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> d
         "disable_concat_sequences": False,
         **statistics,
     }
+
+
+def _version() -> str | None:
+    """This package's version; None where it runs without having been installed."""
+    try:
+        return version("scale_sae")
+    except PackageNotFoundError:
+        return None
 
 
 def has_diverged(folder: Path, job: Mapping[str, Any]) -> bool:
@@ -193,77 +232,6 @@ def firing_statistics(folder: Path, job: Mapping[str, Any], dead_window: int) ->
     fired = read_rows(sae, "fired_count", 0, job["d_sae"]).sum().item()
     dead = read_rows(sae, "tokens_since_fired", 0, job["d_sae"]) > dead_window
     return {"l0": fired / tokens if tokens else None, "num_dead_features": int(dead.sum())}
-
-
-def command(run_dir: Path, out: Path, step: int | None, dtype: str | None) -> str:
-    """The command line that makes this release."""
-    parts = ["python", "-m", "scale_sae.consolidate", str(run_dir), "--out", str(out)]
-    parts += ["--step", str(step)] if step is not None else []
-    parts += ["--dtype", dtype] if dtype is not None else []
-    return shlex.join(parts)
-
-
-def model_card(
-    meta: Mapping[str, Any], described: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], command_line: str
-) -> str:
-    """The release's README; ``described``: each job with its metadata."""
-    model, data = meta["config"]["model"], meta["config"]["data"]
-    rows = [
-        f"| `{checkpoint.folder_name(job['sae_id'])}` | `{job['hookpoint']}` | {job['architecture']} | {job['d_in']} "
-        f"| {job['d_sae']} | {_number(about['l0'])} | {about['num_dead_features']} |"
-        for job, about in described
-    ]
-    first = checkpoint.folder_name(described[0][0]["sae_id"])
-    return CARD_TEXT.format(
-        tag=TAG,
-        model=model["name"],
-        dataset=data["dataset"],
-        tokens=meta["tokens"],
-        step=meta["step"],
-        rows="\n".join(rows),
-        first=first,
-        command=command_line,
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-CARD_TEXT = """---
-library_name: saelens
-tags:
-- sparse-autoencoder
-{tag}
----
-
-# Sparse autoencoders for {model}
-
-Trained with scale_sae on {tokens} activations of `{model}` over `{dataset}` ({step} steps).
-
-| SAE | hookpoint | architecture | d_in | d_sae | L0 | dead latents |
-|---|---|---|---|---|---|---|
-{rows}
-
-L0 is the mean over the last tokens of the training stream; `runner_cfg.json` in each folder is the run's whole config.
-
-## Use
-
-Every folder is one SAE in SAELens's format:
-
-```python
-from sae_lens import SAE
-
-sae = SAE.load_from_disk("path/to/this/folder/{first}")  # or SAE.from_pretrained("user/repository", "{first}")
-latents = sae.encode(activations)  # [..., d_in] -> [..., d_sae]
-```
-
-## Made by
-
-```
-{command}
-```
-"""
 
 
 if __name__ == "__main__":

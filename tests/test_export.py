@@ -247,7 +247,8 @@ def test_cfg_and_metadata(tmp_path: Path) -> None:
     cfg = json.loads((tmp_path / "out" / "model.layers.1.in" / "small" / export.CFG).read_text())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", D_IN, 96, 8)
     about = cfg["metadata"]
-    assert about["hook_name"] == "model.layers.1:in"
+    assert (about["hook_name"], about["hf_hook_name"]) == ("blocks.1.hook_resid_pre", "model.layers.1:in")
+    assert about["neuronpedia_id"] is None and "hook_name_out" not in about
     assert (about["model_name"], about["model_class_name"]) == ("embedded", "AutoModelForCausalLM")
     assert (about["context_size"], about["prepend_bos"], about["dataset_path"]) == (64, True, "embedded")
     assert (about["exclude_special_tokens"], about["seqpos_slice"]) == ([0, 2], [1, None])
@@ -258,7 +259,7 @@ def test_cfg_and_metadata(tmp_path: Path) -> None:
     wide = json.loads((tmp_path / "out" / "model.layers.1.in" / "wide" / export.CFG).read_text())["metadata"]
     assert wide["num_dead_features"] == 128 - 101  # by its own window of 1000
     loaded = sae_lens.SAE.load_from_disk(str(tmp_path / "out" / "model.layers.1.in" / "small"))
-    assert loaded.cfg.metadata.hook_name == "model.layers.1:in"
+    assert loaded.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
     assert loaded.cfg.metadata.sae_lens_version == "6.54.12"
 
 
@@ -284,7 +285,8 @@ def test_every_job_is_released_and_in_the_card(tmp_path: Path, capsys: pytest.Ca
         assert f"| `{folder}` |" in card
         assert f"{folder.replace('.in/', ':in/')}: written as float32, reloaded, equals the sharded SAE" in printed
     assert card.startswith("---\nlibrary_name: saelens\n")
-    assert f"python -m scale_sae.consolidate {tmp_path / 'run'} --out {tmp_path / 'out'}\n" in card
+    assert "python -m scale_sae.consolidate RUN_DIR --step 40 --dtype float32 --out release\n" in card
+    assert str(tmp_path) not in card
 
 
 def export_files() -> set[str]:
@@ -449,6 +451,10 @@ WRONG_INPUTS: dict[str, tuple[list[str], str]] = {
     "extra": (["{tmp}/run", "{tmp}/out"], "{tmp}/out: the run's output_dir is the only argument"),
     "step": (["{tmp}/run", "--out", "{tmp}/out", "--step", "last"], "--step last: must be the number of a step"),
     "bare step": (["{tmp}/run", "--out", "{tmp}/out", "--step"], "--step True: must be the number of a step"),
+    "format": (
+        ["{tmp}/run", "--out", "{tmp}/out", "--format", "sparsfy"],
+        "--format sparsfy: must be one of saelens, sparsify, dictionary_learning (did you mean sparsify?)",
+    ),
     "dtype": (["{tmp}/run", "--out", "{tmp}/out", "--dtype", "bf16"], "--dtype bf16: must be one of float32,"),
 }
 
@@ -475,14 +481,72 @@ def test_a_wrong_input_is_one_line(
 def test_the_command(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
     done = command_line(str(tmp_path / "run"), "--out", str(tmp_path / "a b" / "out"))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert all(line.startswith("Consolidating") for line in done.stderr.splitlines())  # progress, and nothing else
     assert done.stdout.splitlines()[-1] == f"released 1 SAEs in {tmp_path / 'a b' / 'out'}"
     failed = command_line(str(tmp_path / "run"), "--out", str(tmp_path / "run"))
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.startswith("error: --out") and failed.stderr.count("\n") == 1
 
 
+WRONG_FIELDS: list[dict[str, Any]] = [
+    {"architecture": ["topk"]},
+    {"architecture": None},
+    {"architecture": "tpok"},
+    {"d_in": "32"},
+    {"d_sae": 96.0},
+    {"d_sae": True},
+    {"k": None},
+    {"dtype": 32},
+    {"dtype": ["float32"]},
+    {"apply_b_dec_to_input": "false"},
+    {"rescale_acts_by_decoder_norm": 1},
+    {"normalize_activations": ["none"]},
+    {"reshape_activations": {}},
+    {"metadata": None},
+    {"metadata": ["hook_name"]},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_FIELDS)
+def test_a_wrong_field_of_a_release_is_one_line(tmp_path: Path, fields: dict[str, Any]) -> None:
+    save_run(tmp_path / "run")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    folder = tmp_path / "out" / "model.layers.1"
+    cfg = json.loads((folder / export.CFG).read_text())
+    (folder / export.CFG).write_text(json.dumps(cfg | fields))
+    with pytest.raises(UserError, match=next(iter(fields))) as caught:
+        SAE.load_from_disk(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [export.CFG, export.WEIGHTS])
+@pytest.mark.parametrize("contents", [b"", b"\xff" * 40, b"[]", b'{"hook_name": 3, "d_in": 4}', b"[" * 100_000])
+def test_a_corrupt_file_of_a_release_is_one_line(tmp_path: Path, name: str, contents: bytes) -> None:
+    save_run(tmp_path / "run")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "out" / "model.layers.1" / name).write_bytes(contents)
+    with pytest.raises(UserError, match=str(tmp_path / "out" / "model.layers.1")) as caught:
+        SAE.load_from_disk(tmp_path / "out" / "model.layers.1")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_sae_that_was_loaded_is_saved_again(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    consolidate(tmp_path / "run", tmp_path / "out")
+    folder = tmp_path / "out" / "model.layers.1"
+    sae = SAE.load_from_disk(folder)
+    paths = sae.save_model(tmp_path / "deep" / "again")
+    assert [path.name for path in paths] == [export.WEIGHTS, export.CFG]
+    assert json.loads(paths[1].read_text()) == json.loads((folder / export.CFG).read_text())
+    again, theirs = SAE.load_from_disk(tmp_path / "deep" / "again"), sae_lens.SAE.load_from_disk(paths[1].parent)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor) and torch.equal(theirs.state_dict()[name], tensor)
+
+
 def test_help_prints_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     fire.Fire(main, command=["--help"])
     shown = capsys.readouterr().out
-    assert all(option in shown for option in ("RUN_DIR --out DIR [--step N] [--dtype D]", "step: ", "dtype: "))
+    assert all(
+        option in shown for option in ("RUN_DIR --out DIR [--step N] [--dtype D] [--format F]", "step: ", "dtype: ")
+    )
