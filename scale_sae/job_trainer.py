@@ -14,10 +14,11 @@ from scale_sae.config import TrainConfig
 from scale_sae.engines import FSDP2Engine, LocalEngine
 from scale_sae.init_from import load_release
 from scale_sae.jobs import JobSpec
-from scale_sae.metrics import explained_variance
+from scale_sae.metrics import explained_variance, feature_density
 from scale_sae.optim import Optimizer
 from scale_sae.saes import registry
-from scale_sae.saes.base import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from scale_sae.saes.base import TrainingSAE, TrainStepInput, TrainStepOutput
+from scale_sae.saes.training_config import TrainCoefficientConfig
 from scale_sae.zero import DeepSpeedEngine, ZeroOptimizer
 
 
@@ -36,22 +37,21 @@ class JobTrainer:
     def __init__(
         self,
         spec: JobSpec,
-        shard: Shard,
-        device: torch.device,
-        seed: int,
+        sae: TrainingSAE,
         total_steps: int,
         dp_mesh: DeviceMesh | None = None,
         deepspeed: Mapping[str, Any] | None = None,
     ):
-        """``dp_mesh``, of the ranks of ``shard.dp``, makes the engine fsdp2; ``deepspeed``, its settings, deepspeed.
+        """Trains ``sae``, of ``spec.cfg`` and with its first weights, on the device where it is.
 
+        ``dp_mesh``, of the ranks of ``sae.shard.dp``, makes the engine fsdp2; ``deepspeed``, its settings, deepspeed.
         With neither, it is local.
         """
         self.spec = spec
-        self.shard = shard
+        self.sae = sae
+        self.shard = sae.shard
         self.total_steps = total_steps
-        self.sae = registry.create(spec.architecture, spec.cfg, shard, device)
-        self.sae.initialize(seed, spec.hookpoint)
+        device = sae.device
         self.coefficients = {
             name: value if isinstance(value, TrainCoefficientConfig) else TrainCoefficientConfig(value, 0)
             for name, value in self.sae.get_coefficients().items()
@@ -142,6 +142,20 @@ class JobTrainer:
             with self.engine.whole(changes=False):
                 self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
 
+    def as_released(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the release would make of this rank's rows ``x [n, d_in]``, while the engine holds parameters whole.
+
+        Returns:
+            The reconstruction ``[n, d_out]`` of targets as they come, and this shard's activations ``[n, n_local]``.
+        """
+        sae_in = self._scaled(x, self.scale)
+        acts = self.sae.encode_as_released(sae_in)
+        output = self.sae.add_skip(self.sae.decode(acts), sae_in)
+        if not self.scales_inputs:
+            return output, acts
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
+        return wide / self.target_scale.to(wide), acts / self.sae.activation_factor(float(self.target_scale))
+
     def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         if not self.scales_inputs:
             return x.to(self.sae.dtype)
@@ -172,7 +186,15 @@ class JobTrainer:
             "details/grad_norm": grad_norm,
             "details/skipped_updates": self.optimizer.skipped,
             **{f"details/{name}_coefficient": coefficient.at(step) for name, coefficient in self.coefficients.items()},
+            **self._feature_density(step),
         }
+
+    def _feature_density(self, step: int) -> dict[str, Tensor]:
+        """How often the latents fired in the window that ``step`` ends, or nothing if it ends none."""
+        if not ends_window(self.spec.train, step, self.total_steps):
+            return {}
+        # Every shard computes on all of the counts, so that the sums are the same bit for bit at any tp.
+        return feature_density(self.shard.all_gather(self.fired_count).flatten(), self.window_tokens)
 
     def _means(self, values: Mapping[str, Tensor | float], share: float) -> dict[str, Tensor | float]:
         """Means over the rows of all dp ranks, of which a ``share`` is this rank's, from means over its own."""
@@ -191,17 +213,17 @@ class JobTrainer:
 
     def _latent_tensors(self) -> dict[str, Tensor]:
         """Every tensor over latents: of all of the shard's, or of those whose rows this rank owns."""
-        own = {name: tensor for name, tensor in self._tensors().items() if name not in self.sae.replicated}
+        own = {name: tensor for name, tensor in self.tensors().items() if name not in self.sae.replicated}
         counters = {"tokens_since_fired": self.tokens_since_fired, "fired_count": self.fired_count}
         return {**own, **self.optimizer.row_tensors(), **counters}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The SAE's parameters, as this rank owns them, and its buffers."""
         return {name: tensor.data for name, tensor in (self.sae.tensors() | self.engine.parameters).items()}
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds once per SAE."""
-        own = {name: tensor for name, tensor in self._tensors().items() if name in self.sae.replicated}
+        own = {name: tensor for name, tensor in self.tensors().items() if name in self.sae.replicated}
         rest = {
             "window_tokens": self.window_tokens,
             "activation_scale": self.scale,
@@ -222,7 +244,7 @@ class JobTrainer:
 
     def check_replicas(self) -> None:
         """``RuntimeError`` unless what is replicated is bit for bit the same on all shards and dp ranks."""
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             if name not in self.sae.replicated:
                 continue
             high = self.shard.dp.all_reduce(self.shard.all_reduce(tensor, "max"), "max")
@@ -231,6 +253,18 @@ class JobTrainer:
                 raise RuntimeError(
                     f"{self.spec.sae_id}: {name} differs between the ranks; this is a defect, please report it"
                 )
+
+
+def new_sae(spec: JobSpec, shard: Shard, device: torch.device, seed: int) -> TrainingSAE:
+    """This shard's part of a job's SAE, with its first weights."""
+    sae = registry.create(spec.architecture, spec.cfg, shard, device)
+    sae.initialize(seed, spec.hookpoint)
+    return sae
+
+
+def ends_window(train: TrainConfig, step: int, total_steps: int) -> bool:
+    """Whether ``step``, from 0, is the last of a ``feature_sampling_window`` or of the run, and is to be logged."""
+    return (step + 1) % train.feature_sampling_window == 0 or step + 1 == total_steps
 
 
 def _optimizer(

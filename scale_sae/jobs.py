@@ -9,7 +9,7 @@ from scale_sae.config import InitFrom, RunConfig, SAEEntry, TrainConfig
 from scale_sae.config_schema import STREAM_KEYS
 from scale_sae.errors import UserError
 from scale_sae.saes import registry
-from scale_sae.saes.base import TrainingSAEConfig
+from scale_sae.saes.training_config import TrainingSAEConfig
 from scale_sae.topology import Job
 
 # What an entry of ``saes`` may hold besides the options of its architecture.

@@ -6,64 +6,41 @@ The same command goes on from the newest checkpoint. ``scale_sae/config.py`` exp
 
 import json
 import os
-import signal
 import sys
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import fire
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import DeviceMesh
 
 from scale_sae import checkpoint, engine_settings, profiling, rundir, topology
+from scale_sae.activations.cache import Cache, CachedStream, open_cache
 from scale_sae.activations.device_map import bytes_off_device, max_memory
 from scale_sae.activations.schedule import Schedule, schedule
 from scale_sae.activations.source import ActivationSource, kept_positions
-from scale_sae.activations.tokens import open_chunks
+from scale_sae.activations.tokens import Chunk, open_chunks
 from scale_sae.activations.transport import ColocatedExchange, Receiver, Sender, Start, produce
 from scale_sae.config import RunConfig, SAEEntry, load, to_dict
 from scale_sae.errors import UserError
-from scale_sae.heartbeat import Heartbeat, is_lost_connection, role_of
+from scale_sae.evaluation import Evaluation
+from scale_sae.heartbeat import role_of
+from scale_sae.held_out import Batch, batches
 from scale_sae.jobs import JobSpec, resolve
 from scale_sae.metrics import MetricsWriter
 from scale_sae.saes import registry
 from scale_sae.saes.check import check_custom
+from scale_sae.session import Session, Stop, agree, joined, run_command
 from scale_sae.snapshots import how_it_goes_on
 from scale_sae.topology import Topology
 from scale_sae.trainer import Stream, Trainer
-
-T = TypeVar("T")
-
-
-class Stop:
-    """Whether this process was asked to stop, by SIGTERM or by the file ``RUN_DIR/stop``."""
-
-    def __init__(self) -> None:
-        self.signalled = False
-        signal.signal(signal.SIGTERM, self._heed)
-
-    def _heed(self, number: int, frame: object) -> None:
-        self.signalled = True
-
-
-def agree(attempt: Callable[[], T]) -> T:
-    """Runs ``attempt`` on every rank; if it is a ``UserError`` on any of them, all raise the first one's."""
-    result, message = None, None
-    try:
-        result = attempt()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for said in messages:
-        if said is not None:
-            raise UserError(said)
-    return result  # type: ignore[return-value]
 
 
 def check_classes(specs: list[JobSpec], tp: int, device: torch.device) -> None:
@@ -81,6 +58,51 @@ def check_classes(specs: list[JobSpec], tp: int, device: torch.device) -> None:
             print(f"note: saes.{spec.entry}.architecture: {note}", file=sys.stderr, flush=True)
 
 
+def agree_on_folder(folder: Path, is_main: bool, key: str) -> None:
+    """``UserError`` (of ``key``) on every rank unless all see the same ``folder``, which is there on the main one."""
+    nonce = [f".shared_{uuid.uuid4().hex}"]
+    if is_main:
+        (folder / nonce[0]).touch()
+    dist.broadcast_object_list(nonce, 0)
+    try:
+        agree(lambda: rundir.check_shared(folder, nonce[0], key))
+    finally:
+        if is_main:
+            (folder / nonce[0]).unlink()
+
+
+def open_model(
+    config: RunConfig,
+    widths: Mapping[str, int],
+    devices: Sequence[torch.device],
+    mesh: DeviceMesh | None,
+    speaks: bool,
+) -> ActivationSource:
+    """This LM rank's copy of the model, or its shard of one, as ``topology.lm`` says.
+
+    Args:
+        config: of the run.
+        widths: hookpoint → width.
+        devices: this rank's.
+        mesh: the ranks that share the copy.
+        speaks: whether this rank says where the weights do not fit.
+    """
+    # One bar per rank says nothing.
+    transformers.utils.logging.disable_progress_bar()
+    lm, spread = config.topology.lm, None
+    if lm.parallel == "device_map":
+        spread = max_memory(devices, lm.max_memory_gib, topology.local_world_size())
+    source = ActivationSource(config.model, widths, devices[0], mesh, spread)
+    if config.model.compile:
+        source.compile()
+    if spread is not None and speaks:
+        away, whole = bytes_off_device(source.model)
+        if away:
+            share = f"{away / whole:.0%} of the language model's weights fit on no device"
+            print(f"note: {share} and are read from RAM or disk for every forward", file=sys.stderr, flush=True)
+    return source
+
+
 class Run:
     """One rank's life from the process groups on."""
 
@@ -92,6 +114,7 @@ class Run:
         specs: list[JobSpec],
         widths: dict[str, int],
         stop: Stop,
+        cache: Cache | None = None,
         profile_steps: range | None = None,
     ):
         self.config = config
@@ -100,6 +123,7 @@ class Run:
         self.specs = specs
         self.widths = widths
         self.stop = stop
+        self.cache = cache
         self.run_dir = Path(config.output_dir)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.schedule: Schedule = schedule(config, kept_positions(config.model, config.data))
@@ -141,15 +165,7 @@ class Run:
                 (self.run_dir / rundir.STOP).unlink(missing_ok=True)
 
         agree(take)
-        nonce = [f".shared_{uuid.uuid4().hex}"]
-        if self.is_main:
-            (self.run_dir / nonce[0]).touch()
-        dist.broadcast_object_list(nonce, 0)
-        try:
-            agree(lambda: rundir.check_shared(self.run_dir, nonce[0]))
-        finally:
-            if self.is_main:
-                (self.run_dir / nonce[0]).unlink()
+        agree_on_folder(self.run_dir, self.is_main, "output_dir")
 
         def join(problems: list[str]) -> list[str]:
             lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -158,14 +174,14 @@ class Run:
 
         return rundir.find_checkpoint(self.config, (self.place.rank, dist.get_world_size()), join, self.say)
 
-    def train(self) -> None:
-        """The whole run. ``UserError`` on every rank if the text ended early."""
+    def train(self) -> bool:
+        """The whole run; False if it was asked to stop before its end. ``UserError`` if the text ended early."""
         found = self.open_run_dir()
         stream: dict[str, Any] = {"chunks_inserted": 0, "rows_inserted": 0, "cursor": None}
         if found is not None:
             stream = checkpoint.read_meta(found)["stream"]
         start = Start(stream["chunks_inserted"], stream["rows_inserted"])
-        runs_lm = self.place.plan.replica_of(self.place.rank) is not None
+        runs_lm = self.cache is None and self.place.plan.replica_of(self.place.rank) is not None
 
         def prepare_saes() -> Trainer | None:
             if self.place.group is None:
@@ -180,15 +196,16 @@ class Run:
         def prepare_lm() -> tuple[Any, ActivationSource | None]:
             chunks, source = None, None
             if runs_lm:
-                # One bar per rank says nothing; the training bar follows.
-                transformers.utils.logging.disable_progress_bar()
                 chunks = iter(open_chunks(self.config.data, self.config.model, stream["cursor"]))
-                source = self._open_model()
+                source = open_model(self.config, self.widths, self.devices, self.place.lm_mesh, self._speaks_for_lm)
             return chunks, source
 
         # First what a user may have got wrong and is soon found out, then the model.
         trainer = agree(prepare_saes)
+        cached = agree(lambda: self._open_cache(start))
+        held_out = self._read_held_out()
         chunks, source = agree(prepare_lm)
+        evaluation = self._open_evaluation(held_out, trainer, source, found)
         if self.recorder is not None and source is not None:
             profiling.name_range(source, "capture", "LM forward")
         self._begin(found)
@@ -198,33 +215,32 @@ class Run:
             forwarded = Sender(self.place, self.widths, self.schedule, self.dtype)
             if self.recorder is not None:
                 profiling.name_range(forwarded, "send", "send")
-            produce(self.place, source, forwarded, self.schedule, start, chunks, self.lm_should_stop)
+            self._run_lm(source, forwarded, start, chunks, evaluation)
         elif source is None:
-            self._train_saes(trainer, Receiver(self.place, self.widths, self.schedule, self.dtype, start))
+            received = cached or Receiver(self.place, self.widths, self.schedule, self.dtype, start)
+            self._train_saes(trainer, received, evaluation)
             forwarded = None
         else:
             forwarded = ColocatedExchange(self.place, self.widths, self.schedule, self.dtype, start, chunks, source)
-            self._train_saes(trainer, forwarded)
+            self._train_saes(trainer, forwarded, evaluation)
         self._wait_for_all()
         if self.recorder is not None:
             self.recorder.end()
         self._summarise(trainer, source, forwarded)
         agree(lambda: self._check_text(trainer))
+        return not self.place.store.check(["stopping"])
 
-    def _open_model(self) -> ActivationSource:
-        """This LM rank's copy of the model, or its shard of one."""
-        lm, spread = self.config.topology.lm, None
-        if lm.parallel == "device_map":
-            spread = max_memory(self.devices, lm.max_memory_gib, topology.local_world_size())
-        source = ActivationSource(self.config.model, self.widths, self.place.device, self.place.lm_mesh, spread)
-        if self.config.model.compile:
-            source.compile()
-        if spread is not None and self.place.plan.replica_of(self.place.rank) == 0:
-            away, whole = bytes_off_device(source.model)
-            if away:
-                share = f"{away / whole:.0%} of the language model's weights fit on no device"
-                print(f"note: {share} and are read from RAM or disk for every forward", file=sys.stderr, flush=True)
-        return source
+    def _open_cache(self, start: Start) -> CachedStream | None:
+        """The stream of a run from cached activations, every shard that it needs read once by one of the ranks."""
+        if self.cache is None:
+            return None
+        stream = CachedStream(self.cache, self.place, self.schedule, start)
+        self.cache.verify(stream.shards[self.place.rank :: dist.get_world_size()], self.is_main)
+        return stream
+
+    @property
+    def _speaks_for_lm(self) -> bool:
+        return self.place.plan.replica_of(self.place.rank) == 0
 
     def _begin(self, found: Path | None) -> None:
         """Makes the folder this run's, once nothing that the user wrote can be wrong any more."""
@@ -235,23 +251,76 @@ class Run:
             if found is not None and found.parent.resolve() == (self.run_dir / "checkpoints").resolve():
                 rundir.set_aside_newer(self.run_dir, found)
 
-    def _train_saes(self, trainer: Trainer, stream: Stream) -> None:
+    def _read_held_out(self) -> list[Batch] | None:
+        """The text of evaluations during the run, the same on all ranks; None where there are to be none."""
+        settings = self.config.evaluation
+        if settings.every_steps is None:
+            return None
+        reader = self.place.plan.lm[0][0]
+        read = [agree(lambda: batches(self.config, settings.tokens) if self.place.rank == reader else None)]
+        dist.broadcast_object_list(read, reader)
+        return read[0]
+
+    def _open_evaluation(
+        self, data: list[Batch] | None, trainer: Trainer | None, source: ActivationSource | None, found: Path | None
+    ) -> Evaluation | None:
+        """This rank's part in evaluations. Where activations come from a cache, the model is here for them alone."""
+        if data is None:
+            return None
+        if self.cache is not None:
+            source = agree(lambda: open_model(self.config, self.widths, self.devices, None, self._speaks_for_lm))
+        start_step = 0 if found is None else checkpoint.read_meta(found)["step"]
+        jobs = [] if trainer is None else trainer.jobs
+        evaluation = Evaluation(
+            self.config.evaluation,
+            self.place,
+            self.specs,
+            self.schedule,
+            data,
+            start_step,
+            source,
+            jobs,
+            self.widths,
+            self.dtype,
+        )
+        agree(evaluation.prepare)
+        return evaluation
+
+    def _run_lm(
+        self,
+        source: ActivationSource,
+        sender: Sender,
+        start: Start,
+        chunks: Iterator[Chunk],
+        evaluation: Evaluation | None,
+    ) -> None:
+        """What a dedicated LM rank does until the training ends."""
+        if evaluation is None:
+            produce(self.place, source, sender, self.schedule, start, chunks, self.lm_should_stop)
+            return
+        follow = partial(evaluation.follow, stop_asked=self.lm_should_stop)
+        produce(self.place, source, sender, self.schedule, start, chunks, self.lm_should_stop, follow)
+        evaluation.follow_to_end(self.lm_should_stop)
+
+    def _train_saes(self, trainer: Trainer, stream: Stream, evaluation: Evaluation | None) -> None:
         writer = None
         if self.is_main:
             settings = self.config.logging
             writer = MetricsWriter(
                 self.run_dir, settings, self.schedule.steps, self.schedule.batch, trainer.step, to_dict(self.config)
             )
-        with trainer.snapshots:
-            stopped = trainer.fit(stream, self._between_steps(trainer, stream), writer)
-        if self.recorder is not None:
-            self.recorder.end()
-        if writer is not None:
-            writer.close()
+        with writer or nullcontext():
+            with trainer.snapshots:
+                evaluate = None if evaluation is None else evaluation.after_step
+                stopped = trainer.fit(stream, self._between_steps(trainer, stream), writer, evaluate)
+            if self.recorder is not None:
+                self.recorder.end()
         if stopped:
             if self.is_main:
                 self.place.store.set("stopping", "1")
             self.say(f"stopped at step {trainer.step} as asked; the same command goes on from there")
+        if evaluation is not None:
+            evaluation.end()
         stream.close()
 
     def _between_steps(self, trainer: Trainer, stream: Stream) -> Callable[[], bool]:
@@ -332,46 +401,54 @@ def read_config(path: object, extra: tuple[object, ...], overrides: dict[str, An
 
 def run(path: object, extra: tuple[object, ...], overrides: dict[str, Any], profile_steps: object = None) -> int:
     """Trains; returns this rank's exit code. What a user can put right is one line of one rank."""
-    rank, world_size, local_rank = topology.world_from_environment()
-    # Cluster schedulers send SIGTERM to every process; the handler is there before anything slow begins.
-    stop = Stop()
-    # Without it cuBLAS may add in another order from run to run; it must be set before CUDA starts.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    backend = topology.pick_backend()
-    # Before the config is read: a launcher ends every rank once one has failed, also one that is not yet up to say why.
-    base = topology.open_store(rank, world_size)
-    pulse = Heartbeat(rank, world_size, local_rank)
-    before = ""
-    try:
-        store = topology.connect(rank, world_size, backend, base)
+
+    def work(session: Session) -> None:
         config = agree(lambda: read_config(path, extra, overrides))
-        set_tf32(config.train.allow_tf32)
-        profiled = agree(lambda: profiling.parse_steps(profile_steps, schedule(config, 1).steps))
-        agree(lambda: topology.check_world_size(config.topology, world_size, str(path)))
-        devices = agree(lambda: topology.pick_devices(config.topology, rank, local_rank))
-        widths, specs = agree(lambda: resolve(config))
-        agree(lambda: engine_settings.check_jobs(config.topology, specs))
-        deepspeed = agree(lambda: engine_settings.deepspeed_settings(config.topology, os.environ))
-        planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
-        # One rank is enough: the check simulates the shards.
-        agree(lambda: check_classes(specs, config.topology.sae.tp, devices[0]) if rank == 0 else None)
-        place = topology.build(planned, rank, devices[0], backend, store, deepspeed)
-        pulse.introduce(role_of(planned, rank))
-        before = "\n"  # the main process may be in the middle of its progress bar's line
-        Run(config, place, devices, specs, widths, stop, profiled).train()
-        pulse.leave()
-        dist.barrier(group=place.control)
-        pulse.stop()
-    except UserError as error:
-        pulse.report(f"{before}error: {error}")
-        return 1
-    except Exception as error:
-        if is_lost_connection(error):
-            pulse.await_verdict()
-        pulse.report(f"{before}error on rank {rank}:\n{traceback.format_exc()}")
-        return 1
-    dist.destroy_process_group()
-    return 0
+        train_in(session, config, f"-m scale_sae.train --config {path}", profile_steps)
+
+    return run_command(work)
+
+
+def train(config: RunConfig) -> bool:
+    """Trains from Python what the command trains, on every rank; the same call goes on from the newest checkpoint.
+
+    Returns:
+        Whether the run is done; False if SIGTERM or the stop file asked it to stop.
+
+    Raises:
+        UserError: on every rank, what the command says in one line.
+    """
+    with joined() as session:
+        return train_in(session, config, sys.argv[0])
+
+
+def train_in(session: Session, config: RunConfig, program: str, profile_steps: object = None) -> bool:
+    """The run of ``config`` on the ranks of ``session``; result and errors as for `train`.
+
+    ``program`` is what ``accelerate launch`` starts, for a message that says how.
+    """
+    rank, world_size = session.rank, session.world_size
+    set_tf32(config.train.allow_tf32)
+    profiled = agree(lambda: profiling.parse_steps(profile_steps, schedule(config, 1).steps))
+    agree(lambda: topology.check_world_size(config.topology, world_size, program))
+    devices = agree(lambda: topology.pick_devices(config.topology, rank, session.local_rank))
+    widths, specs = agree(lambda: resolve(config))
+    agree(lambda: engine_settings.check_jobs(config.topology, specs))
+    cache = agree(lambda: open_cache(config, widths))
+    deepspeed = agree(lambda: engine_settings.deepspeed_settings(config.topology, os.environ))
+    planned = agree(lambda: topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes))
+    # One rank is enough: the check simulates the shards.
+    agree(lambda: check_classes(specs, config.topology.sae.tp, devices[0]) if rank == 0 else None)
+    evaluates = config.evaluation.every_steps is not None
+    place = topology.build(planned, rank, devices[0], session.backend, session.store, deepspeed, evaluates)
+    session.pulse.introduce(role_of(planned, rank))
+    session.before = "\n"
+    run = Run(config, place, devices, specs, widths, session.stop, cache, profiled)
+    try:
+        return run.train()
+    finally:
+        if run.held is not None:
+            run.held.close()  # another run of this process may take the folder
 
 
 def help_text() -> str:

@@ -3,7 +3,6 @@
 It knows no architecture by name. LM ranks of a dedicated run are driven by ``activations.transport.produce`` instead.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from scale_sae import checkpoint
 from scale_sae.activations.buffer import LaneBuffer
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.transport import ReceivedChunk
@@ -21,9 +21,9 @@ from scale_sae.collectives import ALONE, NonFiniteError, Ranks
 from scale_sae.config import RunConfig
 from scale_sae.errors import UserError
 from scale_sae.interleave import Interleaver
-from scale_sae.job_trainer import JobTrainer
+from scale_sae.job_trainer import JobTrainer, ends_window, new_sae
 from scale_sae.jobs import JobSpec
-from scale_sae.metrics import MetricsWriter, to_floats
+from scale_sae.metrics import MetricsWriter, Stopwatch, to_floats
 from scale_sae.optim import learning_rate
 from scale_sae.snapshots import Position, Snapshots
 from scale_sae.topology import Topology
@@ -83,9 +83,7 @@ class Trainer:
         self.jobs = [
             JobTrainer(
                 specs[i],
-                topology.shard,
-                topology.device,
-                config.seed,
+                new_sae(specs[i], topology.shard, topology.device, config.seed),
                 schedule.steps,
                 topology.dp_mesh,
                 topology.deepspeed,
@@ -115,7 +113,10 @@ class Trainer:
         # The collectives of one SAE pass while another computes.
         self.interleaver = Interleaver(topology.device)
         self.launched_at_step = 0
-        self.clock = (time.monotonic(), 0)
+        self.stopwatch = Stopwatch()
+        self.logged_step = 0
+        # Whether the last checkpoint was begun by this launch, and wandb has not been given it.
+        self.unstored = False
 
     @property
     def is_main(self) -> bool:
@@ -123,13 +124,22 @@ class Trainer:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def fit(self, stream: Stream, stop_asked: Callable[[], bool], writer: MetricsWriter | None) -> bool:
+    def fit(
+        self,
+        stream: Stream,
+        stop_asked: Callable[[], bool],
+        writer: MetricsWriter | None,
+        evaluate: Callable[[int, bool], Sequence[Mapping[str, Any]]] | None = None,
+    ) -> bool:
         """Trains until the run has its steps, the text ends or a stop is asked for; then writes a checkpoint.
 
         ``stop_asked`` is polled once per step on every rank; what one rank says at step s all ranks heed at s + 1.
-        ``writer`` is the main process's. Returns whether a stop ended it. The caller closes the stream.
+        ``writer`` is the main process's. ``evaluate`` is told after each step how many are done, and whether the text
+        has ended before the run; what it returns is logged. Returns whether a stop ended it. The caller closes the
+        stream.
         """
-        self.clock = (time.monotonic(), self.step)
+        self.stopwatch.lap()
+        self.logged_step = self.step
         asked: tuple[dist.Work, Tensor] | None = None
         stopped = False
         while self.step < self.schedule.steps:
@@ -140,17 +150,20 @@ class Trainer:
                     break
             asked = self._announce(stop_asked() or self.snapshots.failed)
             self.text_ended = not self.advance(stream, writer)
+            if evaluate is not None:
+                # Before the checkpoint: one that goes on from it has the records of its step, and is not to make them.
+                self._evaluate(evaluate, writer)
             if self.text_ended:
                 break
             if self.step % self.config.checkpoint.every_steps == 0:
-                self.save()
+                self.save(writer)
         for finish in self.ahead.values():
             finish()
         self.ahead = {}
         self._check_non_finite()
         if self.saved_step != self.step:
-            self.save()
-        self.snapshots.wait()
+            self.save(writer)
+        self._store_last(writer)
         return stopped
 
     def advance(self, stream: Stream, writer: MetricsWriter | None = None) -> bool:
@@ -162,13 +175,14 @@ class Trainer:
             return False
         if self.step == 0:
             self._set_scales()
-        with record_function("wait for the batch"):
+        with record_function("wait for the batch"), self.stopwatch.during("activations"):
             rows = {name: finish().flatten(0, 1) for name, finish in self.ahead.items()}
         self.buffer.remove(self.step)
         self.ahead = {}
         if self.step + 1 < self.schedule.steps:
             self._look_ahead(stream, self.step + 1)
-        self._train_step(rows, writer)
+        with self.stopwatch.during("training"):
+            self._train_step(rows, writer)
         return True
 
     def _look_ahead(self, stream: Stream, step: int) -> bool:
@@ -189,7 +203,8 @@ class Trainer:
     def _fill(self, stream: Stream, step: int) -> bool:
         """Inserts exactly the chunks that draw ``step`` waits for; False if the text ends before a whole batch."""
         while self.buffer.inserted < self.schedule.rows_before_draw(step):
-            chunk = stream.next_chunk()
+            with self.stopwatch.during("activations"):
+                chunk = stream.next_chunk()
             if chunk is None:
                 return self.buffer.inserted >= (step + 1) * self.schedule.batch
             self.buffer.insert(chunk.rows, chunk.count)
@@ -201,7 +216,9 @@ class Trainer:
         """One step on ``rows [batch, width]`` of each hookpoint."""
         step = self.step
         every = self.config.logging.log_every_steps
-        is_logging_step = step == 0 or (step + 1) % every == 0 or step + 1 == self.schedule.steps
+        # Of all SAEs, so that every group logs at the same steps.
+        window_ends = any(ends_window(spec.train, step, self.schedule.steps) for spec in self.specs)
+        is_logging_step = step == 0 or (step + 1) % every == 0 or window_ends
         usable = {}
         for name, some in rows.items():
             usable[name], non_finite, outliers = usable_rows(some, self.topology.shard.dp)
@@ -223,7 +240,8 @@ class Trainer:
             writer.advance()
         if is_logging_step:
             self._check_non_finite()
-            self._log(measured, writer)
+            with self.stopwatch.during("logging"):
+                self._log(measured, writer)
 
     def _batches(
         self, rows: Mapping[str, Tensor], usable: Mapping[str, Tensor]
@@ -269,9 +287,9 @@ class Trainer:
         self, measured: Sequence[tuple[JobTrainer, dict[str, Tensor | float]]], writer: MetricsWriter | None
     ) -> None:
         tokens = self.step * self.schedule.batch
-        now = time.monotonic()
-        rate = (self.step - self.clock[1]) * self.schedule.batch / max(now - self.clock[0], 1e-9)
-        self.clock = (now, self.step)
+        seconds = self.stopwatch.lap()
+        rate = (self.step - self.logged_step) * self.schedule.batch / max(sum(seconds.values()), 1e-9)
+        self.logged_step = self.step
         records = []
         for job, metrics in measured:
             values = to_floats(metrics)
@@ -288,6 +306,7 @@ class Trainer:
                     "stream/non_finite_rows": non_finite,
                     "stream/outlier_rows": outliers,
                     "perf/tokens_per_second": rate,
+                    **seconds,
                 }
             )
             job.frozen.fill_(values["details/skipped_updates"] > SKIP_LIMIT)
@@ -313,6 +332,14 @@ class Trainer:
                 "train.lr_warm_up_steps"
             )
 
+    def _evaluate(
+        self, evaluate: Callable[[int, bool], Sequence[Mapping[str, Any]]], writer: MetricsWriter | None
+    ) -> None:
+        with self.stopwatch.during("evaluation"):
+            records = evaluate(self.step, self.text_ended)
+        if writer is not None and records:
+            writer.write_evaluation(self.step, records)
+
     def _check_non_finite(self) -> None:
         """``UserError`` if too many rows were NaN or infinite so far; all ranks of the group see the same."""
         rows = self.step * self.schedule.batch
@@ -326,10 +353,19 @@ class Trainer:
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, writer: MetricsWriter | None = None) -> None:
         """Begins a checkpoint of this step, all SAE ranks together; it is written while the training goes on."""
-        self.snapshots.save(Position(self.step, self.chunks_inserted, self.cursor, self.rows_left_behind))
-        self.saved_step = self.step
+        with self.stopwatch.during("checkpoint"):
+            self._store_last(writer)
+            self.snapshots.save(Position(self.step, self.chunks_inserted, self.cursor, self.rows_left_behind))
+        self.saved_step, self.unstored = self.step, True
+
+    def _store_last(self, writer: MetricsWriter | None) -> None:
+        """Waits for the last checkpoint; the main process gives it to wandb before a later one may remove it."""
+        self.snapshots.wait()
+        if writer is not None and self.unstored:
+            writer.store_weights(checkpoint.complete(self.run_dir)[0])
+        self.unstored = False
 
     def start(self) -> None:
         """Begins a new run, from the weights of releases where the config says so. ``UserError`` if they do not fit."""

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from scale_sae.config import ModelConfig, from_dict, to_dict
 from scale_sae.consolidate import consolidate
 from scale_sae.embedded import MODEL_FOLDER
 from scale_sae.errors import UserError
+from scale_sae.held_out import Batch, HeldOutModel
 from scale_sae.reconstruction import Reconstruction
 from scale_sae.saes.inference import SAE
 from scale_sae.saes.released import TopKSAE, TopKSAEConfig, Transcoder, TranscoderConfig
+from scale_sae.session import run_command
 
 D_IN = 256
 
@@ -100,7 +103,7 @@ def test_figures_equal_their_formulas(tmp_path: Path) -> None:
     sums = Reconstruction(sae)
     for part in x.split(130):
         sums.add(part, part)
-    figures = sums.figures()
+    figures = sums.sums.figures()
     acts = sae.encode(x)
     x_hat = sae.decode(acts)
     quality, sparsity = figures["reconstruction_quality"], figures["sparsity"]
@@ -228,7 +231,7 @@ def test_unusable_rows_pass_through() -> None:
     rows[2007] = 1e4
     sums = Reconstruction(Doubling())
     out = sums.add(rows, rows)
-    assert sums.rows == 2998
+    assert sums.sums.rows == 2998
     usable = [row for row in range(3000) if row not in (3, 2007)]
     assert torch.equal(out[usable], 2 * rows[usable])
     assert out[3].isnan().all() and torch.equal(out[2007], rows[2007])
@@ -252,10 +255,10 @@ def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
     x[2], y[5] = torch.nan, 1e4
     sums = Reconstruction(Widening(WideningConfig(d_in=2, d_sae=4, d_out=4, apply_b_dec_to_input=False)))
     out = sums.add(x, y)
-    assert sums.rows == 8
+    assert sums.sums.rows == 8
     assert torch.equal(out[[2, 5]], y[[2, 5]])
     assert torch.equal(out[0], torch.tensor([3.0, 3, -3, -3]))
-    figures = sums.figures()
+    figures = sums.sums.figures()
     # By hand: y - ŷ = (-2, -2, 4, 4), of norm² 40; ‖y‖ = 2, ‖ŷ‖ = 6, their product is 0; all y are the same.
     assert math.isnan(figures["shrinkage"]["relative_reconstruction_bias"])
     assert math.isnan(figures["reconstruction_quality"]["explained_variance"])
@@ -269,12 +272,29 @@ def test_a_transcoder_s_rows_count_where_both_its_ends_do() -> None:
 
 
 def test_excluded_positions_stay_as_they_are() -> None:
-    x, y = torch.arange(12.0).view(2, 3, 2), torch.arange(18.0).view(2, 3, 3)
-    keep = torch.tensor([[False, True, True], [True, False, True]])
-    out = evaluate.at_kept_positions(lambda rows, targets: targets + rows.sum(1, keepdim=True), x, y, keep)
-    assert torch.equal(out[~keep], y[~keep])
-    assert torch.equal(out[keep], y[keep] + x[keep].sum(1, keepdim=True))
-    assert torch.equal(y, torch.arange(18.0).view(2, 3, 3))
+    model = ModelConfig("embedded")
+    held_out = HeldOutModel(ActivationSource(model, inspect_model(model, ["model.layers.1", "model.layers.2"])))
+    tokens = torch.arange(20).view(2, 10)
+    keep = torch.ones(2, 10, dtype=torch.bool)
+    keep[0, 0] = keep[1, 4] = False
+    batch = Batch(tokens, keep)
+    clean = held_out.clean(batch, ["model.layers.1"])
+    whole = held_out.source.capture(tokens)["model.layers.1"]
+    assert torch.equal(clean.rows["model.layers.1"], whole[keep]) and batch.rows == 18
+    seen: list[Tensor] = []
+
+    def zero(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return torch.zeros_like(rows)
+
+    # What a later hook sees of the change: zeros at the kept positions, the others as they were.
+    with (
+        held_out.changed("model.layers.1", zero, keep),
+        held_out.source.observe("model.layers.1", seen.append),
+    ):
+        held_out.source.forward(tokens)
+    assert torch.equal(seen[0], whole[keep])
+    assert torch.equal(seen[1][~keep], whole[~keep]) and not seen[1][keep].any()
 
 
 # ---- every architecture ----------------------------------------------------------------------------------------------
@@ -332,8 +352,8 @@ class Direct:
         self.model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float64).eval()
 
     @torch.no_grad()
-    def loss(self, sae: SAE | None, hook_name: str, hook_name_out: str) -> tuple[float, Tensor, Tensor]:
-        """(cross-entropy, input rows, target rows); with an SAE, its output takes the targets' place."""
+    def loss(self, sae: SAE | None, hook_name: str, hook_name_out: str) -> tuple[float, Tensor, Tensor, Tensor]:
+        """(cross-entropy, input rows, target rows, logits); with an SAE, its output takes the targets' place."""
         seen: dict[str, Tensor] = {}
 
         def at_input(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -349,10 +369,10 @@ class Direct:
         if hook_name != hook_name_out:
             module = self.model.get_submodule(hook_name.removesuffix(":in"))
             handles.append(module.register_forward_pre_hook(at_input))
-        loss = self.model(self.tokens, labels=self.tokens).loss
+        output = self.model(self.tokens, labels=self.tokens)
         for handle in handles:
             handle.remove()
-        return float(loss), seen.get("x", seen["y"]), seen["y"]
+        return float(output.loss), seen.get("x", seen["y"]), seen["y"], output.logits
 
 
 @pytest.fixture(scope="module")
@@ -364,18 +384,21 @@ def direct(release: Path) -> Direct:
 def test_every_architecture_against_direct_computation(name: str, release: Path, direct: Direct) -> None:
     folder = folder_of(release, name)
     figures = json.loads((folder / "eval.json").read_text())
-    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
-    places = metadata["hook_name"], metadata.get("hook_name_out", metadata["hook_name"])
+    places = evaluate.place_of(folder)
     assert (places[0] != places[1]) == ("hookpoint_out" in TRAINED[name])
     sae = SAE.load_from_disk(folder)
-    clean, x, y = direct.loss(None, *places)
-    spliced = direct.loss(sae, *places)[0]
+    clean, x, y, logits = direct.loss(None, *places)
+    spliced, *_, spliced_logits = direct.loss(sae, *places)
     acts, y_hat = sae.encode(x), sae(x)
     assert figures["token_stats"]["total_tokens_eval_reconstruction"] == len(y) > 900
     performance = figures["model_performance_preservation"]
-    # float64 throughout, but for the logits, which enter the loss in float32 on both sides and are summed in float32.
+    # float64 throughout, but for transformers' loss, which takes the logits in float32 and sums in float32.
     assert performance["ce_loss_without_sae"] == pytest.approx(clean, rel=1e-5)
     assert performance["ce_loss_with_sae"] == pytest.approx(spliced, rel=1e-5)
+    p, q = logits.softmax(-1), spliced_logits.softmax(-1)
+    # SAELens's direction, KL(clean || spliced), over all positions. float64 sums in another order.
+    kl = float((p * (p.log() - q.log())).sum(-1).mean())
+    assert figures["model_behavior_preservation"]["kl_div_with_sae"] == pytest.approx(kl, rel=1e-9)
     # The reconstruction of so short a training is one that the model notices.
     assert abs(spliced - clean) > 1e-3
     error = (y - y_hat).square().sum()
@@ -385,11 +408,13 @@ def test_every_architecture_against_direct_computation(name: str, release: Path,
         "cossim": torch.cosine_similarity(y, y_hat).mean(),
         "l2_norm_in": y.norm(dim=1).mean(),
         "l2_norm_out": y_hat.norm(dim=1).mean(),
+        "l2_ratio": (y_hat.norm(dim=1) / y.norm(dim=1)).mean(),
         "relative_reconstruction_bias": y_hat.square().sum() / (y * y_hat).sum(),
         "l0": (acts != 0).sum(1).double().mean(),
         "l0_max": (acts != 0).sum(1).max(),
         "l1": acts.abs().sum(1).mean(),
         "dead_fraction": (acts == 0).all(0).double().mean(),
+        "dense_fraction": ((acts != 0).double().mean(0) > 0.1).double().mean(),
     }
     found = {key: value for section in figures.values() for key, value in section.items()}
     # float64 sums in another order; the activations came through batches of other sizes.
@@ -397,6 +422,8 @@ def test_every_architecture_against_direct_computation(name: str, release: Path,
         {key: float(value) for key, value in expected.items()}, rel=1e-7
     )
     assert ("pca_fvu" in found) == (name in ("topk", "abstopk"))
+    log_density = torch.log10((acts != 0).double().mean(0) + 1e-10).clamp(max=0)  # of those that fire on every row
+    assert found["feature_density_histogram"] == torch.histc(log_density, 40, -10, 0).tolist()
 
 
 def test_the_release_has_what_the_figures_are_tested_on(release: Path, direct: Direct) -> None:
@@ -476,3 +503,160 @@ def test_observed_activations_are_copies() -> None:
     with source.observe("model.layers.1", seen.append):
         source.forward(tokens)
     assert torch.equal(seen[0], source.capture(tokens)["model.layers.1"]) and len(seen) == 1
+
+
+# ---- several ranks, and several SAEs at once -------------------------------------------------------------------------
+
+
+def evaluate_on(world: int, release: Path, tokens: int = TOKENS, **options: Any) -> list[int]:
+    """The exit code of every rank."""
+
+    def worker(rank: int, world: int) -> int:
+        work = partial(evaluate.run, release, (), None, tokens, options)
+        return run_command(lambda session: work(session=session))
+
+    return runs.run_ranks(world, worker, timeout=120, init=False)
+
+
+def figures_in(release: Path) -> dict[str, float]:
+    """All numbers of all eval.json, by file and name."""
+    found: dict[str, float] = {}
+    for path in release.rglob("eval.json"):
+        for section, part in json.loads(path.read_text()).items():
+            for name, value in part.items():
+                if isinstance(value, list):
+                    found |= {f"{path.relative_to(release)} {section} {name} {i}": n for i, n in enumerate(value)}
+                else:
+                    found[f"{path.relative_to(release)} {section} {name}"] = value
+    return found
+
+
+def some_of(release: Path, folder: Path, *names: str) -> Path:
+    """A release with some SAEs of another."""
+    for name in names:
+        source = folder_of(release, name)
+        shutil.copytree(source, folder / source.relative_to(release))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        pytest.param(2, {"topology.lm.tp": 2}, marks=pytest.mark.slow),
+        pytest.param(3, {"topology.lm.dp": 3}, marks=pytest.mark.slow),  # three copies, two batches
+        (4, {"topology.lm.tp": 2, "topology.lm.dp": 2}),
+    ],
+)
+def test_several_ranks_find_the_same(world: int, options: dict[str, Any], release: Path, tmp_path: Path) -> None:
+    some = some_of(release, tmp_path / "release", "topk", "skip")
+    evaluate.run(some, (), None, TOKENS, {})
+    alone = figures_in(some)
+    assert len({name.split()[0] for name in alone}) == 3  # two SAEs, and both together
+    for path in some.rglob("eval.json"):
+        path.unlink()
+    assert evaluate_on(world, some, **options) == [0] * world
+    found = figures_in(some)
+    # float64: sums in another order, and over tp activations that differ by rounding.
+    assert found == pytest.approx(alone, rel=1e-9, abs=1e-12)
+
+
+def test_all_saes_at_once_against_direct_computation(
+    release: Path, direct: Direct, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = some_of(release, tmp_path / "release", "topk", "skip")
+    evaluate.run(some, (), None, TOKENS, {})
+    figures = json.loads((some / "eval.json").read_text())["model_performance_preservation"]
+    assert f"all at once: CE with SAEs {figures['ce_loss_with_sae']:.4f}, CE score" in capsys.readouterr().out
+    saes = {name: SAE.load_from_disk(folder_of(some, name)) for name in ("topk", "skip")}
+    places = {name: evaluate.place_of(folder_of(some, name)) for name in saes}
+    seen: dict[str, Tensor] = {}
+
+    def at_input(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["x"] = args[0][direct.keep]
+
+    def at_output(name: str, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        new = output.clone()
+        new[direct.keep] = saes[name](seen["x"] if name == "skip" else output[direct.keep])
+        return new
+
+    source = direct.model.get_submodule(places["skip"][0].removesuffix(":in"))
+    handles = [source.register_forward_pre_hook(at_input)]
+    for name, (_, target) in places.items():
+        handles.append(direct.model.get_submodule(target).register_forward_hook(partial(at_output, name)))
+    with torch.no_grad():
+        loss = float(direct.model(direct.tokens, labels=direct.tokens).loss)
+    for handle in handles:
+        handle.remove()
+    # transformers takes the logits in float32.
+    assert figures["ce_loss_with_sae"] == pytest.approx(loss, rel=1e-5)
+    each = [json.loads((folder_of(some, name) / "eval.json").read_text()) for name in saes]
+    alone = [one["model_performance_preservation"]["ce_loss_with_sae"] for one in each]
+    assert all(abs(figures["ce_loss_with_sae"] - one) > 1e-4 for one in alone)
+
+
+def test_two_saes_at_one_place_have_no_joint_figure(release: Path) -> None:
+    assert not (release / "eval.json").exists()
+
+
+def test_one_broken_sae_does_not_hold_up_other_ranks(
+    tmp_path: Path, run_config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only one copy of the model meets the row on which it breaks."""
+    broken = identity_sae()
+    broken["W_enc"][0, 0] = torch.inf
+    write_sae(tmp_path / "release/broken", run_config, broken, k=D_IN)
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    assert evaluate_on(2, tmp_path / "release")
+    assert capfd.readouterr().err.count("error: broken: some activations are NaN") == 1
+    assert (tmp_path / "release/exact/eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"topology.lm.tp": 2}, "tp 2 times dp 1 are 2 ranks, but 1 were started"),
+        ({"topology.lm.dp": 2}, "tp 1 times dp 2 are 2 ranks, but 1 were started"),
+        ({"topology.lm.tq": 2}, "topology.lm.tq: unknown key"),
+        ({"topology.lm": "colocated"}, "run the model alone"),
+        ({"topology.sae.tp": 2}, "--topology.sae.tp: no argument of evaluate"),
+    ],
+)
+def test_a_topology_that_does_not_fit(
+    options: dict[str, Any], words: str, tmp_path: Path, run_config: dict[str, Any]
+) -> None:
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    with pytest.raises(UserError, match=words):
+        evaluate.run(tmp_path / "release", (), None, 512, options)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("cfg.json", "{", "cfg.json: is not JSON"),
+        ("cfg.json", "[]", "must hold an object"),
+        ("runner_cfg.json", "{", "runner_cfg.json: is not JSON"),
+        ("runner_cfg.json", "[]", "runner_cfg.json: must hold an object"),
+        ("runner_cfg.json", "{}", "runner_cfg.json: "),
+        ("sae_weights.safetensors", "no tensors", "sae_weights.safetensors"),
+    ],
+)
+def test_a_corrupt_file_is_one_line(
+    file: str, content: str, words: str, tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    (folder / file).write_text(content)
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(str(tmp_path / "release"), tokens=64)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("error: ") and words in line
+
+
+def test_the_name_of_the_place_is_that_of_the_transformers_model(tmp_path: Path, run_config: dict[str, Any]) -> None:
+    folder = write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"] |= {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1"}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert evaluate.place_of(folder) == ("model.layers.1", "model.layers.1")
+    cfg["metadata"] |= {"hf_hook_name_out": "model.layers.2", "hook_name_out": "blocks.2.hook_resid_post"}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert evaluate.place_of(folder) == ("model.layers.1", "model.layers.2")

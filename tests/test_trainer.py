@@ -16,8 +16,9 @@ from scale_sae.activations.buffer import rows_of_lanes
 from scale_sae.activations.schedule import schedule
 from scale_sae.activations.transport import ReceivedChunk
 from scale_sae.collectives import Ranks, Shard
-from scale_sae.job_trainer import JobTrainer
+from scale_sae.job_trainer import JobTrainer, new_sae
 from scale_sae.jobs import resolve
+from scale_sae.metrics import MetricsWriter
 from scale_sae.saes import StandardTrainingSAE, TrainStepInput, TrainStepOutput
 from scale_sae.trainer import Trainer
 
@@ -67,7 +68,12 @@ def train(run: config.RunConfig, rows: dict[str, Tensor], look: Callable[[Traine
 
 
 def train_here(
-    run: config.RunConfig, rows: dict[str, Tensor], look: Callable[[Trainer], Any], rank: int, world: int
+    run: config.RunConfig,
+    rows: dict[str, Tensor],
+    look: Callable[[Trainer], Any],
+    rank: int,
+    world: int,
+    writer: MetricsWriter | None = None,
 ) -> Any:
     """As ``train``, on this rank."""
     store = topology.connect(rank, world, "gloo")
@@ -75,7 +81,7 @@ def train_here(
     planned = topology.plan(run.topology, [spec.planned for spec in specs], run.buffer.lanes)
     place = topology.build(planned, rank, torch.device("cpu"), "gloo", store)
     trainer = Trainer(run, specs, widths, schedule(run, CHUNK), place, torch.float64)
-    assert trainer.fit(Rows(rows, trainer), lambda: False, None) is False
+    assert trainer.fit(Rows(rows, trainer), lambda: False, writer) is False
     return look(trainer)
 
 
@@ -142,7 +148,8 @@ def test_a_batch_without_a_usable_row_is_no_update(tmp_path: Path, tp: int) -> N
 
     def look(trainer: Trainer) -> Any:
         predicts, reconstructs = trainer.jobs
-        fresh = type(predicts)(predicts.spec, trainer.topology.shard, torch.device("cpu"), run.seed, 2)
+        started = new_sae(predicts.spec, trainer.topology.shard, torch.device("cpu"), run.seed)
+        fresh = JobTrainer(predicts.spec, started, 2)
         ours = {**predicts.row_tensors(), **predicts.replicated_tensors()}
         theirs = {**fresh.row_tensors(), **fresh.replicated_tensors()}
         changed = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]

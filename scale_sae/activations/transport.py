@@ -155,11 +155,13 @@ def produce(
     start: Start,
     chunks: Iterator[Chunk],
     stop_asked: Callable[[], bool],
+    sent: Callable[[int], None] = lambda first_row: None,
 ) -> None:
     """A dedicated LM rank's whole run: forwards and sends its replica's chunks until the run has its rows, the text
     ends, or a stop is asked for.
 
-    Only the replica's first rank reads text; its tensor-parallel peers get the tokens from it.
+    Only the replica's first rank reads text; its tensor-parallel peers get the tokens from it. ``sent`` is called after
+    each chunk with the number of its first row in the stream.
     """
     ranks = topology.plan.lm[sender.replica]
     reads = topology.rank == ranks[0]
@@ -176,6 +178,7 @@ def produce(
         chunk, first_row = item[0]
         count = int(chunk.keep.sum())
         sender.send(chunk.index, first_row, count, kept_rows(source, chunk, topology.device), chunk.cursor)
+        sent(first_row)
     sender.close()
 
 
