@@ -187,6 +187,19 @@ def seal(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -
     Raises:
         UserError: a file of ``digests`` is not there: the ranks do not write to one file system.
     """
+    mark(folder, digests, meta)
+    final = folder.with_name(folder.name.replace(".writing_", "step_"))
+    replaced = folder.with_name(folder.name.replace(".writing_", ".replaced_"))
+    if final.exists():
+        final.rename(replaced)
+    folder.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is there, whatever becomes of the old
+    return final
+
+
+def mark(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -> None:
+    """Writes ``meta.json`` and the marker of a folder that holds every rank's files; arguments and error as `seal`."""
     for name, digest in digests.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != digest["size"]:
@@ -196,14 +209,6 @@ def seal(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -
     write_json(folder / MARKER, {"format": FORMAT, "files": files, "blake2b": _hash(files)})
     for path in {folder / parent for name in files for parent in Path(name).parents}:
         _sync(path)
-    final = folder.with_name(folder.name.replace(".writing_", "step_"))
-    replaced = folder.with_name(folder.name.replace(".writing_", ".replaced_"))
-    if final.exists():
-        final.rename(replaced)
-    folder.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # the new one is there, whatever becomes of the old
-    return final
 
 
 def complete(run_dir: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import sys
 
 import fire
 
-COMMANDS = ("bench", "consolidate", "evaluate", "train")
+COMMANDS = ("bench", "cache_activations", "consolidate", "evaluate", "pretokenize", "report", "train", "upload")
 
 
 def main() -> None:

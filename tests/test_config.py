@@ -435,8 +435,7 @@ def test_identity_and_differences(tmp_path: Path) -> None:
     assert config.differences(config.to_dict(moved), tree) == [
         "output_dir: 'elsewhere' != 'runs/quickstart'",
         "resume: 'never' != 'auto'",
-        "topology.lm: {'cache': None, 'devices_per_rank': None, 'dp': 1, 'max_memory_gib': None, ...}"
-        " != 'colocated'",
+        "topology.lm: {'cache': None, 'devices_per_rank': None, 'dp': 1, 'max_memory_gib': None, ...} != 'colocated'",
         "topology.sae.tp: 4 != 1",
         "topology.pre_activation_mib: 64 != 512",
         "checkpoint.every_steps: 7 != 200",

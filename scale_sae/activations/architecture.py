@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from scale_sae import embedded
 from scale_sae.activations.device_map import check_device_map
-from scale_sae.activations.tensor_parallel import parallel_styles
 from scale_sae.config import DataConfig, ModelConfig
 from scale_sae.errors import UserError, nearest
 
@@ -134,6 +133,9 @@ def inspect_model(model: ModelConfig, patterns: Sequence[str], tp: int = 1, para
     """
     network = build_architecture(model)
     if tp > 1:
+        # Late: torch's own takes as long to import as half of torch, and splicing, which a notebook does, needs none.
+        from scale_sae.activations.tensor_parallel import parallel_styles
+
         parallel_styles(network, tp, model.name)
     if parallel == "device_map":
         check_device_map(network, model.name)

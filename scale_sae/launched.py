@@ -1,0 +1,21 @@
+"""The shard of a researcher's own script: ``accelerate launch`` decides over how many processes latents are shared."""
+
+import torch.distributed as dist
+
+from scale_sae import topology
+from scale_sae.collectives import Shard
+
+
+def launched_shard() -> Shard:
+    """This process's shard where all processes of a launch share the latents of each SAE; ``Shard()`` without one.
+
+    Joins the processes at its first call, unless the script has done so (``torch.distributed.init_process_group``,
+    accelerate); all of them must call it. "cuda" is then each process's own GPU.
+    """
+    rank, world_size, local_rank = topology.world_from_environment()
+    if world_size > 1 and not dist.is_initialized():
+        _, backend = topology.pick_device(local_rank)
+        topology.connect(rank, world_size, backend)
+    if not dist.is_initialized():
+        return Shard()
+    return Shard(dist.get_rank(), dist.get_world_size())
