@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a released and evaluated SAE: installs into .venv, trains on the embedded model and text on every GPU
-# (or on 4 CPU processes: language model tp=2, SAE tp=2), consolidates, evaluates and prints a table.
+# (or on 4 CPU processes: language model tp=2, SAE tp=2), consolidates, evaluates, prints a table and makes a page.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -24,3 +24,4 @@ accelerate launch "${options[@]}" -m scale_sae.train --config configs/quickstart
 # A release of the same run is made again; anything else in its place is left alone.
 python -m scale_sae.consolidate "$run" --out "$run/release"
 python -m scale_sae.evaluate "$run/release"
+python -m scale_sae.report "$run"
