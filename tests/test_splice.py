@@ -344,22 +344,35 @@ class TestErrors:
 def test_cross_entropy_is_that_of_evaluate(tmp_path: Path) -> None:
     """The same held-out contexts through both: excluded positions pass through, the loss counts all predictions."""
     config = from_dict(runs.tiny_config(tmp_path, model={"name": "embedded"}))
-    about = {"hook_name": "model.layers.1", "exclude_special_tokens": True, "seqpos_slice": [None]}
-    folder = write_sae(tmp_path / "release/sae", "topk", metadata=about, k=16)
-    (folder / "runner_cfg.json").write_text(json.dumps(to_dict(config)))
-    evaluate.main(str(tmp_path / "release"), tokens=1024)
-    wanted = json.loads((folder / "eval.json").read_text())["model_performance_preservation"]
+    release = tmp_path / "release"
+    folders = []
+    for layer in (1, 3):
+        name = f"model.layers.{layer}"
+        about = {"hook_name": name, "exclude_special_tokens": True, "seqpos_slice": [None]}
+        folders.append(write_sae(release / name, "topk", metadata=about, k=16))
+        (folders[-1] / "runner_cfg.json").write_text(json.dumps(to_dict(config)))
+    evaluate.main(str(release), tokens=1024)
+    alone, other, together = (
+        json.loads((folder / "eval.json").read_text())["model_performance_preservation"]
+        for folder in (*folders, release)
+    )
     contexts = list(held_out_contexts(config.data, config.model))[: 1024 // config.data.context_size]
     ids = torch.stack([tokens for tokens, _ in contexts])
-    model = load_model()
+    model, tokenizer = load_model(), load_tokenizer()
+    saes = [SAE.load_from_disk(folder) for folder in folders]
 
     def loss() -> float:
         with torch.no_grad():
             return float(F.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
     # Means of some 1000 float32 losses in batches of another size.
-    assert loss() == pytest.approx(wanted["ce_loss_without_sae"], rel=1e-5)
-    with splice(model, SAE.load_from_disk(folder), tokenizer=load_tokenizer()):
-        assert loss() == pytest.approx(wanted["ce_loss_with_sae"], rel=1e-5)
-    with splice(model, SAE.load_from_disk(folder)):
-        assert loss() != pytest.approx(wanted["ce_loss_with_sae"], rel=1e-4)
+    assert loss() == pytest.approx(alone["ce_loss_without_sae"], rel=1e-5)
+    with splice(model, saes[0], tokenizer=tokenizer):
+        assert loss() == pytest.approx(alone["ce_loss_with_sae"], rel=1e-5)
+    with splice(model, saes, tokenizer=tokenizer):
+        assert loss() == pytest.approx(together["ce_loss_with_sae"], rel=1e-5)
+    # The three differ by far more than they agree to, so none stands for another.
+    for one in (alone, other):
+        assert together["ce_loss_with_sae"] != pytest.approx(one["ce_loss_with_sae"], rel=1e-4)
+    with splice(model, saes[0]):
+        assert loss() != pytest.approx(alone["ce_loss_with_sae"], rel=1e-4)
