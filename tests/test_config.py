@@ -48,7 +48,8 @@ def test_quickstart_is_the_contract() -> None:
     # The example spells defaults out; all but what suits a short run must be as if it were left out.
     defaults = RunConfig(run.hookpoints, run.saes, topology=run.topology)
     changed = [line.partition(":")[0] for line in config.differences(config.to_dict(run), config.to_dict(defaults))]
-    assert sorted(changed) == ["train.lr", "train.lr_decay_steps", "train.training_tokens"]
+    evaluated = ["evaluation.every_steps", "evaluation.tokens"]
+    assert sorted(changed) == [*evaluated, "train.lr", "train.lr_decay_steps", "train.training_tokens"]
 
 
 def test_minimal_config_gets_every_default(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ class Watch:
 
         def logged(trainer: Trainer, measured: Sequence[tuple[JobTrainer, dict[str, Any]]], writer: None) -> None:
             for job, found in measured:
-                self.metrics.append((job.spec.sae_id, {name: float(value) for name, value in found.items()}))
+                self.metrics.append((job.spec.sae_id, {name: torch.as_tensor(value).tolist() for name, value in found.items()}))
             log(trainer, measured, writer)
 
         def begun(call: Callable[..., Any], tensor: Tensor, *args: Any, **keys: Any) -> Any:
