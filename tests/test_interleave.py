@@ -183,7 +183,7 @@ class Watch:
         self.here = threading.local()
         self.calls: list[tuple[Any, ...]] = []
         self.events: list[tuple[str, Any, int]] = []
-        self.metrics: list[tuple[str, dict[str, float]]] = []
+        self.metrics: list[tuple[str, dict[str, Any]]] = []
         step, reduce, gather, log = JobTrainer.step, dist.all_reduce, collectives._all_gather_flat, Trainer._log
 
         def stepped(job: JobTrainer, *args: Any) -> Any:
@@ -195,7 +195,9 @@ class Watch:
 
         def logged(trainer: Trainer, measured: Sequence[tuple[JobTrainer, dict[str, Any]]], writer: None) -> None:
             for job, found in measured:
-                self.metrics.append((job.spec.sae_id, {name: torch.as_tensor(value).tolist() for name, value in found.items()}))
+                self.metrics.append(
+                    (job.spec.sae_id, {name: torch.as_tensor(value).tolist() for name, value in found.items()})
+                )
             log(trainer, measured, writer)
 
         def begun(call: Callable[..., Any], tensor: Tensor, *args: Any, **keys: Any) -> Any:
