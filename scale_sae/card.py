@@ -5,42 +5,56 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
 from scale_sae.errors import UserError
 from scale_sae.export import SPARSITY
-from scale_sae.saes.inference import CFG_FILE, read_cfg
+from scale_sae.hook_names import names_of
 from scale_sae.tensorfile import Reader
 
 CARD = "README.md"
 EVAL = "eval.json"
 PLOT = "density.png"
 TAG = "scale_sae"  # by which a card tells a release of this package
-LIBRARIES = {"saelens": "saelens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 NEVER = -9.99  # log10(share + 1e-10) of a latent that never fired is -10
 PLOTS_SHOWN = 12  # in the card; all others are linked
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-# Columns: title, where the figure stands in eval.json, how it is written.
+# Columns of figures on held-out text: title, where the figure stands in eval.json, how it is written.
 FIGURES = {
     "explained variance": ("reconstruction_quality", "explained_variance", "{:.4f}"),
-    "L0 (held out)": ("sparsity", "l0", "{:.1f}"),
+    "PCA-k FVU": ("reconstruction_quality", "pca_fvu", "{:.4f}"),
+    "L0": ("sparsity", "l0", "{:.2f}"),
+    "L0 max": ("sparsity", "l0_max", "{:.0f}"),
+    "dead": ("sparsity", "dead_fraction", "{:.1%}"),
+    "CE": ("model_performance_preservation", "ce_loss_without_sae", "{:.4f}"),
     "CE with SAE": ("model_performance_preservation", "ce_loss_with_sae", "{:.4f}"),
-    "CE without": ("model_performance_preservation", "ce_loss_without_sae", "{:.4f}"),
+    "CE zeroed": ("model_performance_preservation", "ce_loss_with_ablation", "{:.4f}"),
     "CE score": ("model_performance_preservation", "ce_loss_score", "{:.4f}"),
+    "KL with SAE": ("model_behavior_preservation", "kl_div_with_sae", "{:.4f}"),
     "KL score": ("model_behavior_preservation", "kl_div_score", "{:.4f}"),
 }
+SHOWN = ("explained variance", "L0", "CE with SAE", "CE", "CE score", "KL score")  # in the card
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One SAE of a release: its folder there, its cfg.json in SAELens's format, and its eval.json where it has one."""
+    """One SAE of a release.
+
+    Attributes:
+        folder: its folder there.
+        cfg: its cfg.json in SAELens's format, without local paths.
+        local: the dotted keys in ``cfg`` where they were.
+        figures: its eval.json where it has one.
+    """
 
     folder: str
     cfg: Mapping[str, Any]
+    local: frozenset[str] = frozenset()
     figures: Mapping[str, Any] = field(default_factory=dict)
     has_plot: bool = False
 
@@ -50,30 +64,49 @@ class Entry:
         return self.cfg["metadata"]
 
 
-def entries(root: Path) -> list[Entry]:
-    """The SAEs of a release in SAELens's format, by folder. UserError where a file cannot be read."""
-    folders = sorted(path.parent for path in root.rglob(CFG_FILE))
-    return [entry(folder, folder.relative_to(root).as_posix()) for folder in folders]
-
-
-def entry(folder: Path, name: str) -> Entry:
-    """The SAE of a folder, as ``name`` in a release."""
-    return Entry(name, read_cfg(folder), figures(folder / EVAL), (folder / PLOT).is_file())
+def entry(name: str, cfg: Mapping[str, Any], figures: Mapping[str, Any] | None = None, has_plot: bool = False) -> Entry:
+    """The SAE of a folder ``name``, from its cfg.json as it is."""
+    local: set[str] = set()
+    return Entry(name, without_local_paths(cfg, local), frozenset(local), figures or {}, has_plot)
 
 
 def figures(path: Path) -> dict[str, Any]:
     """The contents of an eval.json, by section; nothing where there is none. UserError where it cannot be read."""
-    if not path.is_file():
-        return {}
+    return json_object(path, "run python -m scale_sae.evaluate again, or remove it") if path.is_file() else {}
+
+
+def json_object(path: Path, cure: str = "get the file again") -> dict[str, Any]:
+    """A JSON file's object. UserError, with the ``cure``, where it holds none."""
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: is no object of figures ({error}); run python -m scale_sae.evaluate again, or remove it"
-        ) from None
-    return found
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ValueError(f"a {type(tree).__name__}")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: is no JSON object ({error}); {cure}") from None
+    return tree
+
+
+def without_local_paths(tree: Any, cut: set[str], key: str = "") -> Any:
+    """A copy of a config in which local paths are their last part: the rest tells of this machine, not of the SAE.
+
+    Local are absolute paths, and relative ones that go up. Addresses lose the user and password that stand in them.
+    The dotted keys where that was so are added to ``cut``.
+    """
+    if isinstance(tree, Mapping):
+        return {name: without_local_paths(value, cut, f"{key}.{name}".lstrip(".")) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_local_paths(value, cut, f"{key}.{index}") for index, value in enumerate(tree)]
+    if not isinstance(tree, str):
+        return tree
+    path = PureWindowsPath(tree)  # which takes / and \ for separators
+    goes_up = ".." in path.parts and "://" not in tree
+    if tree.startswith(("/", "~", "file:")) or path.is_absolute() or goes_up:
+        public = path.name
+    else:
+        public = re.sub(r"://[^/\s]*@", "://", tree)
+    if public != tree:
+        cut.add(key)
+    return public
 
 
 def is_ours(text: str) -> bool:
@@ -92,70 +125,76 @@ def text(
         layout: the release's format, a name of ``formats.LAYOUTS``.
         together: the figures of all SAEs in place at once, by section.
     """
-    about = saes[0].about
-    model, dataset = str(about.get("model_name") or "-"), str(about.get("dataset_path") or "-")
     parts = [
-        "---\n" + _front_matter(model, dataset, layout) + "---\n",
-        f"# Sparse autoencoders for {model}\n",
-        _introduction(saes, model, dataset),
+        "---\n" + _front_matter(saes[0], layout) + "---\n",
+        f"# Sparse autoencoders for {_plain(saes[0].about.get('model_name'))}\n",
+        _introduction(saes),
         _table(saes),
         _together(together or {}),
         _training(saes),
         _plots(saes),
         "## Use\n",
-        _USE[layout].format(load=_load(saes[0].folder, repo), folder=f"path/to/this/folder/{saes[0].folder}"),
+        _USE[layout].format(load=_load(saes[0].folder, repo), folder=json.dumps(_here(saes[0].folder))),
         _made_by(saes[0], layout),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(model: str, dataset: str, layout: str) -> str:
-    matter: dict[str, Any] = {"library_name": LIBRARIES[layout], "tags": ["sparse-autoencoder", TAG]}
-    if _on_hub(model):
-        matter["base_model"] = model
-    if _on_hub(dataset):
-        matter["datasets"] = [dataset]
+def _plain(value: Any) -> str:
+    """A name that is nothing but text, also in a table and a code span: what Markdown would take for more is a ?."""
+    return "-" if value in (None, "") else re.sub(r"[\x00-\x1f\x7f`|<>\[\]]", "?", str(value))
+
+
+def _front_matter(sae: Entry, layout: str) -> str:
+    matter: dict[str, Any] = {"library_name": layout, "tags": ["sparse-autoencoder", TAG]}
+    if _on_hub(sae, "model_name"):
+        matter["base_model"] = sae.about["model_name"]
+    if _on_hub(sae, "dataset_path"):
+        matter["datasets"] = [sae.about["dataset_path"]]
     return yaml.safe_dump(matter, sort_keys=False)
 
 
-def _on_hub(name: str) -> bool:
-    """Whether a name may be one of the hub: not that of a folder here, nor of what comes with this package."""
-    return name != "embedded" and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+def _on_hub(sae: Entry, key: str) -> bool:
+    """Whether a name may be one of the hub: not what is left of a path, nor a folder here, nor in this package."""
+    name = sae.about.get(key)
+    if not isinstance(name, str) or name == "embedded" or f"metadata.{key}" in sae.local:
+        return False
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _introduction(saes: Sequence[Entry], model: str, dataset: str) -> str:
+def _introduction(saes: Sequence[Entry]) -> str:
     about = saes[0].about
     tokens, steps = about.get("training_tokens"), about.get("training_steps")
     amount = f" {tokens:,} activations of" if isinstance(tokens, int) else ""
     length = f" ({steps:,} steps)" if isinstance(steps, int) else ""
-    revision = f" at revision `{about['model_revision']}`" if about.get("model_revision") else ""
+    revision = f" at revision `{_plain(about['model_revision'])}`" if about.get("model_revision") else ""
     return (
-        f"Trained with scale_sae on{amount} `{model}`{revision} over `{dataset}`{length}, in contexts of "
-        f"{about.get('context_size', '-')} tokens.\n"
+        f"Trained with scale_sae on{amount} `{_plain(about.get('model_name'))}`{revision} over "
+        f"`{_plain(about.get('dataset_path'))}`{length}, in contexts of {_plain(about.get('context_size'))} tokens.\n"
     )
 
 
 def _table(saes: Sequence[Entry]) -> str:
-    shown = {name: where for name, where in FIGURES.items() if any(_figure(sae, where) != "-" for sae in saes)}
-    titles = ["SAE", "hookpoint", "architecture", "d_in", "d_sae", "L0", "dead latents", *shown]
+    shown = [name for name in SHOWN if any(_figure(sae, name) != "-" for sae in saes)]
+    titles = ["SAE", "hookpoint", "architecture", "d_in", "d_sae", "L0 (training)", "dead latents", *shown]
     rows = [titles, ["---"] * len(titles)]
     for sae in saes:
         about = sae.about
         kind = about.get("training_architecture") or sae.cfg["architecture"]
         l0 = about.get("l0")
-        cells = [f"`{sae.folder}`", _places(about), kind, sae.cfg["d_in"], sae.cfg["d_sae"]]
-        cells += [f"{l0:.1f}" if isinstance(l0, int | float) else "-", about.get("num_dead_features", "-")]
-        rows.append([str(cell) for cell in cells] + [_figure(sae, where) for where in shown.values()])
+        cells = [f"`{_plain(sae.folder)}`", _places(about), *map(_plain, (kind, sae.cfg["d_in"], sae.cfg["d_sae"]))]
+        cells += [f"{l0:.1f}" if isinstance(l0, int | float) else "-", _plain(about.get("num_dead_features"))]
+        rows.append(cells + [_figure(sae, name) for name in shown])
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    note = "L0 and dead latents are those of the last tokens of the training stream; "
+    note = "L0 (training) and dead latents are those of the last tokens of the training stream; "
     note += "`runner_cfg.json` in each folder is the run's whole config"
     note += ", `eval.json` holds all figures on held-out text.\n" if shown else ".\n"
     return f"{lines}\n\n{note}"
 
 
 def _together(figures: Mapping[str, Any]) -> str:
-    sae = Entry("all", {}, figures)
-    loss, clean, score = (_figure(sae, FIGURES[name]) for name in ("CE with SAE", "CE without", "CE score"))
+    sae = Entry("all", {}, figures=figures)
+    loss, clean, score = (_figure(sae, name) for name in ("CE with SAE", "CE", "CE score"))
     if loss == "-":
         return ""
     return f"With all SAEs in place at once the model's loss is {loss} (without: {clean}, score: {score}).\n"
@@ -165,8 +204,13 @@ def _training(saes: Sequence[Entry]) -> str:
     """What all SAEs were trained with alike."""
     told = [{**_options(sae.about), "dtype": sae.cfg.get("dtype")} for sae in saes]
     same = {key: value for key, value in told[0].items() if all(other.get(key) == value for other in told)}
-    rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in same.items() if value is not None]
+    rows = [f"| {_plain(key)} | `{_value(value)}` |" for key, value in same.items() if value is not None]
     return "## Training\n\n| | |\n| --- | --- |\n" + "\n".join(rows) + "\n" if len(rows) > 1 else ""
+
+
+def _value(value: Any) -> str:
+    """An option's value as in a config; a string that would end the code span or the table's cell is cut there."""
+    return re.split(r"[`|]", json.dumps(value))[0]
 
 
 def _options(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,18 +221,23 @@ def _options(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(folder: str, repo: str | None) -> str:
     """The call that loads an SAE, from the hub or from here."""
-    return f'from_pretrained("{repo}", "{folder}")' if repo else f'load_from_disk("path/to/this/folder/{folder}")'
+    if repo is None:
+        return f"load_from_disk({json.dumps(_here(folder))})"
+    return f'from_pretrained("{repo}", {json.dumps(folder)})'
+
+
+def _here(folder: str) -> str:
+    return f"path/to/this/folder/{folder}"
 
 
 def _places(about: Mapping[str, Any]) -> str:
     """The hookpoint, and the target of a transcoder."""
-    source = about.get("hf_hook_name") or about.get("hook_name") or "-"
-    target = about.get("hf_hook_name_out") or about.get("hook_name_out")
-    return f"`{source}`" + (f" → `{target}`" if target else "")
+    sources, targets = names_of(about)
+    return " → ".join(f"`{_plain(names[0])}`" for names in (sources or ["-"], targets) if names)
 
 
-def _figure(sae: Entry, where: tuple[str, str, str]) -> str:
-    section, name, form = where
+def _figure(sae: Entry, title: str) -> str:
+    section, name, form = FIGURES[title]
     found = sae.figures.get(section)
     value = found.get(name) if isinstance(found, dict) else None
     return form.format(value) if isinstance(value, int | float) else "-"
@@ -200,20 +249,20 @@ def _plots(saes: Sequence[Entry]) -> str:
         return ""
     lines = ["## Feature density\n", "On how large a share of the tokens each latent fires, as a histogram:\n"]
     for sae in with_plot[:PLOTS_SHOWN]:
-        lines.append(f"![{sae.folder}]({_url(f'{sae.folder}/{PLOT}')})\n")
-    rest = [f"[`{sae.folder}`]({_url(f'{sae.folder}/{PLOT}')})" for sae in with_plot[PLOTS_SHOWN:]]
+        lines.append(f"![{_plain(sae.folder)}]({_url(f'{sae.folder}/{PLOT}')})\n")
+    rest = [f"[`{_plain(sae.folder)}`]({_url(f'{sae.folder}/{PLOT}')})" for sae in with_plot[PLOTS_SHOWN:]]
     return "\n".join(lines) + ("\n" + ", ".join(rest) + "\n" if rest else "")
 
 
 def _url(path: str) -> str:
-    return path.removeprefix("./").replace(" ", "%20")
+    return quote(path.removeprefix("./"), safe="/:")
 
 
 def _made_by(sae: Entry, layout: str) -> str:
     about = sae.about
     if about.get("training_library") != "scale_sae" or "training_steps" not in about:  # not made by consolidate
         return ""
-    options = f" --step {about['training_steps']} --dtype {sae.cfg['dtype']}"
+    options = f" --step {_plain(about['training_steps'])} --dtype {_plain(sae.cfg.get('dtype'))}"
     options += "" if layout == "saelens" else f" --format {layout}"
     return (
         "## Made by\n\n```bash\n"
@@ -248,7 +297,7 @@ feature_acts = spliced.feature_acts[sae.cfg.metadata["hf_hook_name"]]
 ```python
 from sparsify import Sae
 
-sae = Sae.load_from_disk("{folder}")
+sae = Sae.load_from_disk({folder})
 top_acts, top_indices, _ = sae.encode(activations)
 reconstruction = sae.decode(top_acts, top_indices)
 ```
@@ -258,7 +307,7 @@ reconstruction = sae.decode(top_acts, top_indices)
 ```python
 from dictionary_learning.utils import load_dictionary
 
-sae, config = load_dictionary("{folder}", device="cpu")
+sae, config = load_dictionary({folder}, device="cpu")
 feature_acts = sae.encode(activations)
 reconstruction = sae.decode(feature_acts)
 ```

@@ -119,13 +119,16 @@ def consolidate(
                 name = checkpoint.folder_name(job["sae_id"])
                 report = export_sae(folder, job, aside / name, about, dtype, layout, bar.update)
                 reports.append(report)
-                released.append(card.Entry(name, {**cfg, "dtype": report.dtype, "metadata": about}))
+                released.append(card.entry(name, {**cfg, "dtype": report.dtype, "metadata": about}))
         for report in reports:
             print(
                 f"{report.sae_id}: written as {report.dtype}, reloaded, equals the sharded SAE of step {meta['step']} "
                 f"(largest relative difference {report.difference:.1e})"
             )
-        (aside / CARD).write_text(card.text(released, layout=layout))
+        text = card.text(released, layout=layout).encode()
+        (aside / CARD).write_bytes(text)
+        if (aside / CARD).read_bytes() != text:
+            raise ExportError(f"{CARD} read back from the release is not what was written; nothing was released")
         _replace(out.absolute(), aside)
     finally:
         if aside.exists():

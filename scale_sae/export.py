@@ -5,6 +5,7 @@ folder has ``sae_weights.safetensors``, ``cfg.json``, ``sparsity.safetensors`` (
 ``runner_cfg.json``; in the others of ``formats`` the first two have other names and contents.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +20,11 @@ from scale_sae.collectives import Shard
 from scale_sae.formats import LAYOUTS, PtReader
 from scale_sae.saes import registry
 from scale_sae.saes.base import TrainingSAE
-from scale_sae.saes.inference import CFG_FILE, DTYPES, SAE, WEIGHTS_FILE, build, cast
-from scale_sae.saes.saving import latent_axes, of_latents
+from scale_sae.saes.inference import DTYPES, SAE, build
+from scale_sae.saes.saving import LatentBlocks, of_latents
 from scale_sae.seeds import generator
 from scale_sae.tensorfile import Reader, blocks, save
 
-WEIGHTS = WEIGHTS_FILE
-CFG = CFG_FILE
 SPARSITY = "sparsity.safetensors"
 RUNNER_CFG = "runner_cfg.json"
 
@@ -48,7 +47,7 @@ class Report:
     difference: float
 
 
-class StoredSAE:
+class StoredSAE(LatentBlocks):
     """An SAE in a checkpoint, read by blocks of latents in float64, so that a release is rounded once.
 
     ``progress`` is told of how many latents a pass over them has gone on.
@@ -63,15 +62,15 @@ class StoredSAE:
     ):
         """UserError: the layout, of that name in ``formats``, cannot express the SAE."""
         self.progress = progress
-        self.folder = checkpoint.sae_folder(checkpoint_folder, job["sae_id"])
+        self.sae_id: str = job["sae_id"]
+        self.folder = checkpoint.sae_folder(checkpoint_folder, self.sae_id)
         self.d_in: int = job["d_in"]
         self.d_sae: int = job["d_sae"]
         self.architecture: str = job["architecture"]
-        self.cfg = registry.training_config(self.architecture, self.d_in, job["cfg"], f"checkpoint: {job['sae_id']}")
-        self.scale = self.replicated("activation_scale").item()
-        self.target_scale = self.replicated("target_scale").item()
-        self.layout = LAYOUTS[layout](self.cfg.get_inference_sae_cfg_dict(), self.cfg)
-        self.latent_axis = latent_axes(lambda n: self.layout.convert(self._made_up(n).inference_state_dict()))
+        cfg = registry.training_config(self.architecture, self.d_in, job["cfg"], f"checkpoint: {self.sae_id}")
+        self.layout = LAYOUTS[layout](cfg.get_inference_sae_cfg_dict(), cfg)
+        scales = [self.replicated(name).item() for name in ("activation_scale", "target_scale")]
+        super().__init__(cfg, *scales)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of latents whose W_enc and W_dec rows fill a block together, in float64."""
@@ -79,38 +78,19 @@ class StoredSAE:
             yield start, stop
             self.progress(stop - start)
 
-    def _made_up(self, n_latents: int) -> TrainingSAE:
-        """An SAE like this one, of other latents: all zeros, float64."""
+    def made_up(self, n_latents: int) -> TrainingSAE:
         return registry.create(self.architecture, of_latents(self.cfg, n_latents), Shard())
 
-    @torch.no_grad()
-    def block(self, start: int, stop: int) -> TrainingSAE:
-        """Latents ``start..stop`` as an SAE of their own, float64, as they were trained."""
-        sae = self._made_up(stop - start)
-        for name, tensor in sae.tensors().items():
-            stored = self.replicated(name) if name in sae.replicated else read_rows(self.folder, name, start, stop)
-            tensor.copy_(stored)
-        return sae
+    def trained(self, name: str, start: int, stop: int, *, replicated: bool) -> Tensor:
+        return self.replicated(name) if replicated else read_rows(self.folder, name, start, stop)
 
-    def unscaled_block(self, start: int, stop: int) -> TrainingSAE:
-        """``block`` for inputs as they are, where training scaled them."""
-        sae = self.block(start, stop)
-        if (self.scale, self.target_scale) != (1, 1):
-            sae.fold_activation_norm_scaling_factor(self.scale, self.target_scale)
-        return sae
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.layout.convert(tensors)
 
     def replicated(self, name: str) -> Tensor:
         """A replicated tensor as stored."""
         with Reader(self.folder / checkpoint.REPLICATED) as reader:
             return reader.tensor(name)
-
-    def released(self, start: int, stop: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the release holds of latents ``start..stop`` (W_enc as ``[d_in, stop - start]``) and what has none."""
-        tensors = self.layout.convert(self.unscaled_block(start, stop).inference_state_dict())
-        return {
-            name: cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
 
 
 def export_sae(
@@ -134,7 +114,7 @@ def export_sae(
 
     Raises:
         UserError: the layout cannot express the SAE.
-        ExportError: the file is not, bit for bit, what the checkpoint gives, or does not compute what the shards do.
+        ExportError: a file is not, bit for bit, what the checkpoint gives, or they do not compute what the shards do.
     """
     sae = StoredSAE(checkpoint_folder, job, layout, progress)
     name = dtype or sae.cfg.dtype
@@ -143,25 +123,19 @@ def export_sae(
     write_weights(sae, weights, DTYPES[name])
     details = {option: value for option, value in asdict(sae.cfg).items() if option not in {*sae.layout.cfg, "dtype"}}
     about = {**metadata, "training_architecture_details": details}
-    write_json(out_folder / sae.layout.description, sae.layout.describe(name, about))
-    write_json(out_folder / RUNNER_CFG, checkpoint.read_meta(checkpoint_folder)["config"])
+    described = write_description(sae, out_folder / sae.layout.description, sae.layout.describe(name, about))
+    write_description(sae, out_folder / RUNNER_CFG, checkpoint.read_meta(checkpoint_folder)["config"])
     write_sparsity(sae, out_folder / SPARSITY)
-    difference = check(sae, weights, {**sae.layout.cfg, "dtype": name}, job["sae_id"])
-    return Report(job["sae_id"], out_folder, name, difference)
+    difference = check(sae, weights, {**sae.layout.told(described), "dtype": name})
+    return Report(sae.sae_id, out_folder, name, difference)
 
 
 def write_weights(sae: StoredSAE, path: Path, dtype: torch.dtype) -> None:
     """The single file of weights; in SAELens's format W_enc is ``[d_in, d_sae]``, all others have the latent first."""
-    shapes = {}
-    for name, tensor in sae.released(0, 1, dtype).items():
-        shape, axis = list(tensor.shape), sae.latent_axis[name]
-        if axis is not None:
-            shape[axis] = sae.d_sae
-        shapes[name] = tensor.dtype, shape
-    with sae.layout.writer(path, shapes) as file:
+    with sae.layout.writer(path, sae.shapes(dtype)) as file:
         for start, stop in sae.blocks():
             for name, tensor in sae.released(start, stop, dtype).items():
-                axis = sae.latent_axis[name]
+                axis = sae.axes[name]
                 if axis == 0:
                     file.rows(name, start, tensor)
                 elif axis == 1:
@@ -173,7 +147,7 @@ def write_weights(sae: StoredSAE, path: Path, dtype: torch.dtype) -> None:
 def read_block(sae: StoredSAE, file: Reader | PtReader, start: int, stop: int) -> dict[str, Tensor]:
     """Latents ``start..stop`` of every tensor in a file of weights, and what has no latents, as stored."""
     found = {}
-    for name, axis in sae.latent_axis.items():
+    for name, axis in sae.axes.items():
         if axis is None:
             found[name] = file.tensor(name)
         else:
@@ -181,12 +155,30 @@ def read_block(sae: StoredSAE, file: Reader | PtReader, start: int, stop: int) -
     return found
 
 
+def write_description(sae: StoredSAE, path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a JSON file; returns what was read back from it. ExportError where that is something else."""
+    write_json(path, value)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        found = {}
+    if json.dumps(found) != json.dumps(value):  # as texts, in which NaN is equal to itself
+        raise _not_as_written(sae, path.name)
+    return found
+
+
 def write_sparsity(sae: StoredSAE, path: Path) -> None:
-    """``sparsity [d_sae]`` float32: log10 of the share of tokens, in the window so far, on which each latent fired."""
+    """``sparsity [d_sae]`` float32: log10 of the share of tokens, in the window so far, on which each latent fired.
+
+    ExportError where the file, read back, holds something else.
+    """
     tokens = sae.replicated("window_tokens").item()
     if tokens:
         share = read_rows(sae.folder, "fired_count", 0, sae.d_sae, torch.float64) / tokens
-        save(path, {"sparsity": torch.log10(share + 1e-10).float()})
+        sparsity = torch.log10(share + 1e-10).float()
+        save(path, {"sparsity": sparsity})
+        with Reader(path) as file:
+            _require_equal(sae, "sparsity", file.tensor("sparsity"), sparsity)
 
 
 def tolerance(dtype: str) -> float:
@@ -200,7 +192,7 @@ def tolerance(dtype: str) -> float:
 
 
 @torch.no_grad()
-def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> float:
+def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any]) -> float:
     """Compares the weights in ``path`` with the checkpoint: bit for bit with a new fold, and by what they compute.
 
     16 random rows go through the shards' weights as they were trained and through the file as a reader of ``cfg`` uses
@@ -214,13 +206,13 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
     Raises:
         ExportError: they differ, or are not finite.
     """
-    x = torch.randn(CHECK_ROWS, sae.d_in, dtype=torch.float64, generator=generator("export check", sae_id))
+    x = torch.randn(CHECK_ROWS, sae.d_in, dtype=torch.float64, generator=generator("export check", sae.sae_id))
     pre, unscaled_pre, released_pre = x.new_empty(3, CHECK_ROWS, sae.d_sae)
     with sae.layout.reader(path) as file:
         for start, stop in sae.blocks():
             found = read_block(sae, file, start, stop)
             for name, tensor in sae.released(start, stop, DTYPES[cfg["dtype"]]).items():
-                _require_equal(sae_id, name, found[name], tensor)
+                _require_equal(sae, name, found[name], tensor)
             pre[:, start:stop] = sae.block(start, stop).encode_with_hidden_pre(x * sae.scale)[1]
             unscaled = sae.unscaled_block(start, stop)
             unscaled_pre[:, start:stop] = unscaled.encode_with_hidden_pre(x)[1] * sae.layout.units(unscaled.W_dec)
@@ -229,7 +221,7 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any], sae_id: str) -> fl
     difference = max(_relative(released_pre, unscaled_pre), _relative(released_x_hat, x_hat))
     if not difference <= tolerance(cfg["dtype"]):  # NaN is no agreement
         raise ExportError(
-            f"{sae_id}: the released SAE differs from the sharded one by {difference:.1e} (relative), "
+            f"{sae.sae_id}: the released SAE differs from the sharded one by {difference:.1e} (relative), "
             f"more than the {tolerance(cfg['dtype']):.1e} that {cfg['dtype']} explains; nothing was released"
         )
     return difference
@@ -269,8 +261,12 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def _require_equal(sae_id: str, name: str, written: Tensor, expected: Tensor) -> None:
+def _require_equal(sae: StoredSAE, name: str, written: Tensor, expected: Tensor) -> None:
     if not expected.isfinite().all():
-        raise ExportError(f"{sae_id}: {name} is not finite: its training has diverged; nothing was released")
+        raise ExportError(f"{sae.sae_id}: {name} is not finite: its training has diverged; nothing was released")
     if not torch.equal(written, expected):
-        raise ExportError(f"{sae_id}: {name} read back from the release is not what was written; nothing was released")
+        raise _not_as_written(sae, name)
+
+
+def _not_as_written(sae: StoredSAE, what: str) -> ExportError:
+    return ExportError(f"{sae.sae_id}: {what} read back from the release is not what was written; nothing was released")

@@ -54,6 +54,10 @@ class Layout(ABC):
     def describe(self, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """What the JSON file says."""
 
+    def told(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        """``cfg`` with what the JSON file, read back, says of it; that file names few of the fields."""
+        return self.cfg
+
     def units(self, W_dec: Tensor) -> Tensor | float:
         """By what each latent's activation is larger than the trained one: factors ``[n]``, or one for all."""
         return 1.0
@@ -84,6 +88,9 @@ class SAELens(Layout):
 
     def describe(self, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.cfg, "dtype": dtype, "metadata": dict(metadata)}
+
+    def told(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(described)
 
 
 class Sparsify(Layout):
@@ -119,6 +126,9 @@ class Sparsify(Layout):
             "d_in": self.cfg["d_in"],
             "metadata": dict(metadata),  # which sparsify leaves alone
         }
+
+    def told(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.cfg, "d_in": described["d_in"], "d_sae": described["num_latents"], "k": described["k"]}
 
 
 def transposed(tensor: Tensor, ours: str) -> Tensor:
@@ -235,6 +245,11 @@ class DictionaryLearning(Layout):
             "buffer": {"ctx_len": metadata["context_size"], "d_submodule": self.cfg["d_in"]},
             "metadata": dict(metadata),
         }
+
+    def told(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        trainer = described["trainer"]
+        k = {"k": trainer["k"]} if "k" in self.cfg else {}
+        return {**self.cfg, "d_in": trainer["activation_dim"], "d_sae": trainer["dict_size"], **k}
 
     def writer(self, path: Path, shapes: Shapes) -> "PtWriter":
         return PtWriter(path, shapes)

@@ -151,21 +151,42 @@ def to_hf(hook_name: str, module_names: Iterable[str]) -> str:
     raise UserError(f"hook_name: no module of the model is known to give {hook_name}; {cure}")
 
 
+def names_of(metadata: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What the metadata of a cfg.json calls the activation that an SAE reads, and the one that a transcoder makes.
+
+    Each has a hookpoint (``hf_hook_name``, ``hf_hook_name_out``) and a name in either form (``hook_name``,
+    ``hook_name_out``), in this order; what is missing is left out. The second list is empty but for transcoders.
+    """
+    found = [[metadata.get(f"hf_{key}"), metadata.get(key)] for key in ("hook_name", "hook_name_out")]
+    sources, targets = ([name for name in names if isinstance(name, str) and name] for names in found)
+    return sources, targets
+
+
 def places(metadata: Mapping[str, Any], module_names: Iterable[str]) -> tuple[str, str]:
     """Where a released SAE belongs: the hookpoint that it reads, and that of what it reconstructs.
 
-    They are the same but for transcoders. The metadata of a cfg.json has them as ``hf_hook_name`` and
-    ``hf_hook_name_out``, or else as ``hook_name`` and ``hook_name_out`` in either form of name.
+    They are the same but for transcoders. Of the names that the metadata has, see ``names_of``, the first that the
+    model has counts: with and without its head, the same model has other modules.
 
     Raises:
-        UserError: the metadata names no place, or one that the model does not have.
+        UserError: the metadata names no place, or none that the model has.
     """
     names = set(module_names)
-    name = metadata.get("hf_hook_name") or metadata.get("hook_name")
-    if not name:
+    sources, targets = names_of(metadata)
+    if not sources:
         raise UserError("hook_name: missing in the SAE's metadata; it must say which activation the SAE is for")
-    target = metadata.get("hf_hook_name_out") or metadata.get("hook_name_out") or name
-    return to_hf(name, names), to_hf(target, names)
+    return _first_known(sources, names), _first_known(targets or sources, names)
+
+
+def _first_known(candidates: list[str], names: set[str]) -> str:
+    """The hookpoint of the first name that the model has. UserError, about the first one, where it has none."""
+    problems = []
+    for name in candidates:
+        try:
+            return to_hf(name, names)
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _tree(names: set[str]) -> str | None:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import fire
 import yaml
 
+from scale_sae.card import figures
 from scale_sae.checkpoint import folder_name
 from scale_sae.errors import UserError, nearest
 from scale_sae.metrics import DENSITY_BINS, DENSITY_HISTOGRAM
@@ -85,7 +86,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     """Everything that the page shows, in types that JSON holds; ``UserError`` if the folder has no metrics."""
     records, unreadable = read_records(run_dir / "metrics.jsonl")
     path = run_dir / "config.yaml"
-    config = _read(path, yaml.safe_load) if path.exists() else None
+    config = _read(path) if path.exists() else None
     by_sae: dict[str, list[Record]] = {}
     for record in records:
         by_sae.setdefault(str(record["sae_id"]), []).append(record)
@@ -124,8 +125,10 @@ def read_records(path: Path) -> tuple[list[Record], int]:
                 continue
             try:
                 record = json.loads(line)
-                found.setdefault((record["sae_id"], int(record["step"])), {}).update(record)
-            except (ValueError, KeyError, TypeError):
+                place = record["sae_id"], int(record["step"])
+                _tokens(record)
+                found.setdefault(place, {}).update(record)
+            except (ValueError, KeyError, TypeError, OverflowError):  # the last: a step or tokens that are infinite
                 unreadable += 1
     if not found:
         raise UserError(f"{path}: holds no record yet; wait for the run's first step")
@@ -192,12 +195,16 @@ def _matches(pattern: str, hookpoint: str) -> bool:
 
 
 def released_figures(run_dir: Path, sae_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What ``scale_sae.evaluate`` found of a release inside the run's folder, by SAE; flat names, ``section/name``."""
+    """What ``scale_sae.evaluate`` found of releases inside the run's folder, by SAE; flat names, ``section/name``.
+
+    Of several releases the figures that were written last count. Hidden folders hold what is being written or replaced.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(run_dir.glob("*/**/eval.json")):
+    paths = [path for path in run_dir.glob("*/**/eval.json") if "/." not in f"/{path.relative_to(run_dir)}"]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         for sae_id in sae_ids:
             if path.parent.as_posix().endswith("/" + folder_name(sae_id)):
-                found[sae_id] = _flat(_read(path, json.loads))
+                found[sae_id] = _flat(figures(path))
     return found
 
 
@@ -205,17 +212,17 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """``{section: {name: number}}`` as ``{section/name: number}``, without what is no number."""
     leaves = {
         f"{section}/{name}": value
-        for section, figures in tree.items()
-        if isinstance(figures, Mapping)
-        for name, value in figures.items()
+        for section, part in tree.items()
+        if isinstance(part, Mapping)
+        for name, value in part.items()
     }
     return {name: value for name, value in leaves.items() if isinstance(value, int | float)}
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What the JSON or YAML file holds, ``UserError`` if that is no mapping."""
+def _read(path: Path) -> dict[str, Any]:
+    """What the YAML file holds, ``UserError`` if that is no mapping."""
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
         tree = None
     if not isinstance(tree, dict):

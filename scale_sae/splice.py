@@ -127,7 +127,8 @@ def _find_places(saes: SAE | Iterable[SAE] | Mapping[str, SAE], names: list[str]
             raise UserError(f"{where}: {type(sae).__name__} is no released SAE; load one with SAE.load_from_disk")
         metadata = sae.cfg.metadata
         try:
-            place = _Place(sae, *places(metadata if name is None else {**metadata, "hf_hook_name": name}, names))
+            given_place = {} if name is None else {"hf_hook_name": name, "hook_name": name}
+            place = _Place(sae, *places({**metadata, **given_place}, names))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         for other in found:
@@ -214,13 +215,14 @@ def _check_width(hookpoint: str, x: Any, width: int) -> None:
 def _substitute(sae: SAE, x: Tensor, y: Tensor, keep: Tensor | None, use_error_term: bool) -> tuple[Tensor, Tensor]:
     """Feature activations ``[batch, positions, d_sae]``, and what takes the place of ``y``, in its dtype.
 
-    ``keep`` marks the positions at which the SAE takes part: no other is even read, as in training.
+    ``keep`` marks the positions at which the SAE takes part: no other is even read, as in training. It is where ``x``
+    is; ``y`` may be on another device, as may the SAE.
     """
     if keep is None:
         rows, goal = x.to(sae.device), y
         acts = sae.encode(rows)
     else:
-        rows, goal = x[keep].to(sae.device), y[keep]
+        rows, goal = x[keep].to(sae.device), y[keep.to(y.device)]
         own = sae.encode(rows)
         acts = own.new_zeros(*keep.shape, own.shape[-1]).index_put((keep.to(own.device),), own)
     if torch.is_grad_enabled() and not acts.requires_grad:
@@ -231,4 +233,4 @@ def _substitute(sae: SAE, x: Tensor, y: Tensor, keep: Tensor | None, use_error_t
         x_hat = x_hat.to(torch.promote_types(x_hat.dtype, goal.dtype))
         x_hat = x_hat + (goal.to(x_hat) - x_hat).detach()
     x_hat = x_hat.to(y)
-    return acts, x_hat if keep is None else y.index_put((keep,), x_hat)
+    return acts, x_hat if keep is None else y.index_put((keep.to(y.device),), x_hat)

@@ -1,6 +1,6 @@
 """Sends a release to the Hugging Face hub: ``python -m scale_sae.upload RELEASE_DIR --repo user/name``.
 
-Every file is checked before any is sent, one commit carries each SAE, and files that the repository has already are not
+Every file is checked before any is sent, a commit carries whole SAEs, and files that the repository has already are not
 sent again: an upload that was cut short goes on with the same command. The layout is SAELens's, so that
 ``SAE.from_pretrained("user/name", sae_id)`` of either library loads what is there.
 """
@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fire
@@ -36,6 +37,8 @@ SAE_FILES = (CFG_FILE, WEIGHTS_FILE, SPARSITY, RUNNER_CFG, EVAL, PLOT)  # of whi
 # of the HTTP library that the client's version uses
 TRANSPORT_ERRORS: tuple[Any, ...] = errors.HfHubHTTPError.__bases__
 OPTIONS = ("repo", "private", "revision", "dry_run")
+COMMITS = 32  # of SAEs at most in an upload: the hub takes only so many an hour
+ACCOUNT = ("wandb_project", "wandb_entity", "run_name")  # keys of the config's logging
 
 
 def main(
@@ -225,8 +228,8 @@ def check_sae(folder: Path) -> dict[str, Any]:
 
 def _files(sae_id: str, folder: Path, cut: set[str]) -> tuple[list[File], card.Entry]:
     """What is sent of an SAE's folder, and its line in the model card; ``cut`` gets the keys of shortened paths."""
-    cfg = without_local_paths(check_sae(folder), cut)
-    figures = card.figures(folder / EVAL)
+    entry = card.entry(sae_id, check_sae(folder), card.figures(folder / EVAL))
+    cut |= entry.local
     plot = card.plot_density(folder, sae_id)
     prefix = "" if sae_id == "." else f"{sae_id}/"
     found = []
@@ -238,37 +241,19 @@ def _files(sae_id: str, folder: Path, cut: set[str]) -> tuple[list[File], card.E
         elif not path.is_file():
             continue
         elif name in (CFG_FILE, RUNNER_CFG):
-            tree = json_object(path)
-            public = without_local_paths(tree, cut)
+            tree = card.json_object(path)
+            public = _public(name, tree, cut)
             content = path if public == tree else (json.dumps(public, indent=1) + "\n").encode()
         found.append(File(prefix + name, content))
-    return found, card.Entry(sae_id, cfg, figures, any(file.path == prefix + PLOT for file in found))
+    return found, replace(entry, has_plot=any(file.path == prefix + PLOT for file in found))
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object. UserError where it holds none."""
-    try:
-        tree = json.loads(path.read_text())
-        if not isinstance(tree, dict):
-            raise ValueError(f"a {type(tree).__name__}")
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON object ({error}); get the file again") from None
-    return tree
-
-
-def without_local_paths(tree: Any, cut: set[str], key: str = "") -> Any:
-    """A copy of a config in which absolute paths are their last part: the rest tells of this machine, not of the SAE.
-
-    The dotted keys where that was so are added to ``cut``.
-    """
-    if isinstance(tree, dict):
-        return {name: without_local_paths(value, cut, f"{key}.{name}".lstrip(".")) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_local_paths(value, cut, f"{key}.{index}") for index, value in enumerate(tree)]
-    if not isinstance(tree, str) or not (tree.startswith(("/", "~", "file:")) or PureWindowsPath(tree).is_absolute()):
-        return tree
-    cut.add(key)
-    return PureWindowsPath(tree).name  # which takes / and \ for separators
+def _public(name: str, tree: dict[str, Any], cut: set[str]) -> dict[str, Any]:
+    """A JSON file as it is sent: what tells of the machine, or of an account with Weights & Biases, stays here."""
+    public: dict[str, Any] = card.without_local_paths(tree, cut)
+    if name == RUNNER_CFG and isinstance(public.get("logging"), dict):
+        public["logging"] = {key: value for key, value in public["logging"].items() if key not in ACCOUNT}
+    return public
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
@@ -296,7 +281,7 @@ def _transfer(
     together: Path | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Checks everything, then sends what the repository lacks: an SAE per commit, the model card last.
+    """Checks everything, then sends what the repository lacks: whole SAEs in each commit, the model card last.
 
     ``together`` is where the figures of all SAEs at once are, if they are there.
     A README.md that is no model card of this package stays. One that is stays too, unless ``replace_card``.
@@ -314,7 +299,7 @@ def _transfer(
             lines.append(entry)
             advance(1)
     if cut:
-        print(f"absolute paths are sent as their last part: {', '.join(sorted(cut))}")
+        print("local paths are sent as their last part, addresses without user and password: " + ", ".join(sorted(cut)))
     remote = Remote()
     try:
         with _hub_errors(repo):
@@ -327,8 +312,7 @@ def _transfer(
     last = [File(EVAL, together)] if together is not None and figures else []
     if with_card:
         last.append(File(CARD, card.text(lines, repo, together=figures).encode()))
-    if last:
-        plan["the model card"] = last
+    plan[""] = last
     if private and remote.exists and not remote.private:
         raise UserError(
             f"--private: {repo} is there and public; make it private in its settings, or choose another name"
@@ -400,19 +384,32 @@ def _send(
             api.create_repo(repo, private=private, exist_ok=True)
         if not remote.has_branch and revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
-        sent = 0
         with _bar(show_progress, sum(file.size for file in files), "Uploading", "B") as advance:
-            for name, part in plan.items():
-                new = [file for file in part if not file.is_in(remote.files or {})]
-                if new:
-                    _commit(api, repo, revision, f"Upload {name}", new)
-                sent += len(new)
+            commits = _commits(plan, remote.files or {})
+            new = [file for _, part in commits for file in part]
+            advance(sum(file.size for file in files) - sum(file.size for file in new))
+            for message, part in commits:
+                _commit(api, repo, revision, message, part)
                 advance(sum(file.size for file in part))
         there = _look(api, repo, revision).files or {}
     lost = [file.path for file in files if not file.is_in(there)]
     if lost:
         raise UserError(f"{repo}: {lost[0]} is not there as it is here; run the command again")
-    print(f"{api.endpoint}/{repo}: {sent} files sent, {len(files) - sent} were there")
+    print(f"{api.endpoint}/{repo}: {len(new)} files sent, {len(files) - len(new)} were there")
+
+
+def _commits(plan: Mapping[str, Sequence[File]], there: Mapping[str, RepoFile]) -> list[tuple[str, list[File]]]:
+    """Message and files of each commit: SAEs that are not there, several in one where they are many; then the card."""
+    new = {name: found for name, part in plan.items() if (found := [file for file in part if not file.is_in(there)])}
+    last = new.pop("", [])
+    names = list(new)
+    each = max(1, math.ceil(len(names) / COMMITS))
+    commits = []
+    for first in range(0, len(names), each):
+        group = names[first : first + each]
+        more = f" and {len(group) - 1} more" if group[1:] else ""
+        commits.append((f"Upload {group[0]}{more}", [file for name in group for file in new[name]]))
+    return commits + ([("Upload the model card", last)] if last else [])
 
 
 def _commit(api: HfApi, repo: str, revision: str, message: str, files: Iterable[File]) -> None:
@@ -449,6 +446,8 @@ def _reason(error: BaseException) -> str:
             return "the hub does not accept the token (401); log in again with `hf auth login` or set HF_TOKEN"
         if status in (403, 404):
             return f"the token may not write there ({status}); use one with write access to this repository"
+        if status == 429:
+            return f"the hub takes no more for now (429); wait an hour, then {again}"
         return f"the hub answered {status}; {again}"
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return "the hub is out of reach: HF_HUB_OFFLINE is set; unset it"

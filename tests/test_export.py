@@ -25,6 +25,7 @@ from scale_sae.collectives import Shard
 from scale_sae.consolidate import consolidate, is_release, main
 from scale_sae.errors import UserError
 from scale_sae.saes import SAE, TrainingSAE, TrainStepInput, registry
+from scale_sae.saes.inference import CFG_FILE, WEIGHTS_FILE
 
 TOPK: dict[str, Any] = {"architecture": "topk", "d_sae": 96, "k": 8}
 D_OUT = 20  # of transcoders
@@ -168,7 +169,7 @@ def test_latent_axes(tmp_path: Path, variant: str) -> None:
     expected += ["b_gate", "b_mag", "r_mag"] if entry["architecture"] == "gated" else ["b_enc"]
     has_threshold = any(name in entry["architecture"] for name in ("jumprelu", "batchtopk"))
     expected += ["threshold"] * has_threshold + ["W_skip"] * ("skip" in entry["architecture"])
-    assert stored.latent_axis == {name: (PER_LATENT | WHOLE)[name] for name in expected}
+    assert stored.axes == {name: (PER_LATENT | WHOLE)[name] for name in expected}
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
@@ -178,14 +179,14 @@ def test_the_threshold_of_a_batchtopk_release(tmp_path: Path, dtype: str, rescal
     entry = {**TOPK, "architecture": "batchtopk", "rescale_acts_by_decoder_norm": rescaled, **SCALED, "dtype": dtype}
     save_run(tmp_path / "run", saes=[entry])
     consolidate(tmp_path / "run", tmp_path / "out")
-    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / WEIGHTS_FILE)
     options = {name: value for name, value in entry.items() if name != "architecture"}
     cfg = registry.training_config("batchtopk", D_IN, options, "saes.0")
     stored = made_up_run.weights("batchtopk", cfg, "model.layers.1")["release_threshold"]
     factor = made_up_run.SCALES[0] if rescaled else 1  # the fold makes decoder rows longer by 1 / factor
     assert weights["W_dec"].dtype == getattr(torch, dtype)
     assert torch.equal(weights["threshold"], (stored / factor).float().expand(96))
-    cfg_json = json.loads((tmp_path / "out" / "model.layers.1" / export.CFG).read_text())
+    cfg_json = json.loads((tmp_path / "out" / "model.layers.1" / CFG_FILE).read_text())
     assert (cfg_json["architecture"], cfg_json["normalize_activations"]) == ("jumprelu", "none")
     assert "k" not in cfg_json and cfg_json["metadata"]["training_architecture_details"]["k"] == 8
 
@@ -193,7 +194,7 @@ def test_the_threshold_of_a_batchtopk_release(tmp_path: Path, dtype: str, rescal
 def test_decoder_rows_of_a_release_have_norm_one(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
     consolidate(tmp_path / "run", tmp_path / "out")
-    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / WEIGHTS_FILE)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     assert shapes == {"W_enc": (D_IN, 96), "W_dec": (96, D_IN), "b_enc": (96,), "b_dec": (D_IN,)}
     # each of 32 squares is off by one float32 rounding
@@ -205,7 +206,7 @@ def test_split_of_the_checkpoint_does_not_change_a_byte(tmp_path: Path) -> None:
     for name, cuts in {"a": (), "b": (24, 48, 72), "c": (1, 50)}.items():
         save_run(tmp_path / name, cuts=cuts)
         consolidate(tmp_path / name, tmp_path / f"out_{name}")
-        path = tmp_path / f"out_{name}" / "model.layers.1" / export.WEIGHTS
+        path = tmp_path / f"out_{name}" / "model.layers.1" / WEIGHTS_FILE
         hashes.add(hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(hashes) == 1
 
@@ -214,8 +215,8 @@ def test_dtype_of_the_release(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
     (report,) = consolidate(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
     folder = tmp_path / "out" / "model.layers.1"
-    assert all(t.dtype == torch.bfloat16 for t in safetensors.torch.load_file(folder / export.WEIGHTS).values())
-    assert json.loads((folder / export.CFG).read_text())["dtype"] == "bfloat16"
+    assert all(t.dtype == torch.bfloat16 for t in safetensors.torch.load_file(folder / WEIGHTS_FILE).values())
+    assert json.loads((folder / CFG_FILE).read_text())["dtype"] == "bfloat16"
     assert sae_lens.SAE.load_from_disk(str(folder)).W_dec.dtype == torch.bfloat16
     # the measure that tolerance() rests on: rounding gives about 0.3 eps, and is not missed either
     eps = torch.finfo(torch.bfloat16).eps
@@ -226,7 +227,7 @@ def test_a_release_is_rounded_once(tmp_path: Path) -> None:
     """bfloat16 weights released as float32 are the nearest float32 to the fold, not rounded to bfloat16 first."""
     save_run(tmp_path / "run", saes=[{**TOPK, "dtype": "bfloat16"}])
     consolidate(tmp_path / "run", tmp_path / "out", dtype="float32")
-    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / export.WEIGHTS)
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.layers.1" / WEIGHTS_FILE)
     cfg = registry.training_config("topk", D_IN, {"d_sae": 96, "k": 8, "dtype": "bfloat16"}, "saes.0")
     stored = made_up_run.weights("topk", cfg, "model.layers.1")
     rows = {name: tensor.double() for name, tensor in stored.items()}
@@ -244,7 +245,7 @@ def test_cfg_and_metadata(tmp_path: Path) -> None:
     ]
     save_run(tmp_path / "run", saes=saes, hookpoints=["model.layers.1:in"], keys=keys)
     consolidate(tmp_path / "run", tmp_path / "out")
-    cfg = json.loads((tmp_path / "out" / "model.layers.1.in" / "small" / export.CFG).read_text())
+    cfg = json.loads((tmp_path / "out" / "model.layers.1.in" / "small" / CFG_FILE).read_text())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", D_IN, 96, 8)
     about = cfg["metadata"]
     assert (about["hook_name"], about["hf_hook_name"]) == ("blocks.1.hook_resid_pre", "model.layers.1:in")
@@ -256,7 +257,7 @@ def test_cfg_and_metadata(tmp_path: Path) -> None:
     assert (about["training_steps"], about["training_tokens"]) == (40, 40 * 2048)
     assert about["l0"] == sum(i % 7 for i in range(96)) / 100
     assert about["num_dead_features"] == 96 - 51  # latent i last fired 10 i tokens ago; dead above 500
-    wide = json.loads((tmp_path / "out" / "model.layers.1.in" / "wide" / export.CFG).read_text())["metadata"]
+    wide = json.loads((tmp_path / "out" / "model.layers.1.in" / "wide" / CFG_FILE).read_text())["metadata"]
     assert wide["num_dead_features"] == 128 - 101  # by its own window of 1000
     loaded = sae_lens.SAE.load_from_disk(str(tmp_path / "out" / "model.layers.1.in" / "small"))
     assert loaded.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
@@ -290,7 +291,7 @@ def test_every_job_is_released_and_in_the_card(tmp_path: Path, capsys: pytest.Ca
 
 
 def export_files() -> set[str]:
-    return {export.WEIGHTS, export.CFG, export.SPARSITY, export.RUNNER_CFG}
+    return {WEIGHTS_FILE, CFG_FILE, export.SPARSITY, export.RUNNER_CFG}
 
 
 def test_blocks_do_not_outlive_their_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +363,42 @@ def test_a_bit_that_the_disk_changed_is_refused(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", [CFG_FILE, export.RUNNER_CFG])
+@pytest.mark.parametrize("end", ["", '"'])
+def test_a_description_that_the_disk_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, end: str
+) -> None:
+    """A value in it, or its end."""
+    save_run(tmp_path / "run")
+
+    def write(path: Path, value: dict[str, Any]) -> None:
+        text = json.dumps(value)
+        changed = text.replace('"k": 8', '"k": 9') + end
+        assert changed != text
+        path.write_text(changed if path.name == name else text)
+
+    monkeypatch.setattr(export, "write_json", write)
+    with pytest.raises(export.ExportError, match=f"layers.1: {name} read back from the release is not what was writ"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sparsity_that_the_disk_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One count of a latent, by a rounding of float32."""
+    save_run(tmp_path / "run")
+    save = export.save
+
+    def save_and_flip(path: Path, tensors: dict[str, Tensor]) -> None:
+        save(path, tensors)
+        data = bytearray(path.read_bytes())
+        data[-4] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(export, "save", save_and_flip)
+    with pytest.raises(export.ExportError, match="sparsity read back from the release is not what was written"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["W_enc_rows", "W_dec", "b_enc", "b_dec"])
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, name: str) -> None:
     """In one latent, of an SAE without rescaling, where it reaches the least of the others."""
@@ -396,7 +433,7 @@ def test_a_given_step_is_released(tmp_path: Path) -> None:
     for step in (10, 20):
         save_run(tmp_path / "run", step=step)
     consolidate(tmp_path / "run", tmp_path / "out", step=10)
-    cfg = json.loads((tmp_path / "out" / "model.layers.1" / export.CFG).read_text())
+    cfg = json.loads((tmp_path / "out" / "model.layers.1" / CFG_FILE).read_text())
     assert cfg["metadata"]["training_steps"] == 10
     with pytest.raises(UserError, match="no complete checkpoint of that step; it has 20, 10"):
         consolidate(tmp_path / "run", tmp_path / "out", step=30)
@@ -410,7 +447,7 @@ def test_only_a_release_is_replaced(tmp_path: Path) -> None:
     (out / "model.layers.1" / "eval.json").write_text("{}")
     assert is_release(out)
     consolidate(tmp_path / "run", out, dtype="bfloat16")
-    assert json.loads((out / "model.layers.1" / export.CFG).read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "model.layers.1" / CFG_FILE).read_text())["dtype"] == "bfloat16"
     assert not (out / "model.layers.1" / "eval.json").exists()  # it was about the weights before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
@@ -513,14 +550,14 @@ def test_a_wrong_field_of_a_release_is_one_line(tmp_path: Path, fields: dict[str
     save_run(tmp_path / "run")
     consolidate(tmp_path / "run", tmp_path / "out")
     folder = tmp_path / "out" / "model.layers.1"
-    cfg = json.loads((folder / export.CFG).read_text())
-    (folder / export.CFG).write_text(json.dumps(cfg | fields))
+    cfg = json.loads((folder / CFG_FILE).read_text())
+    (folder / CFG_FILE).write_text(json.dumps(cfg | fields))
     with pytest.raises(UserError, match=next(iter(fields))) as caught:
         SAE.load_from_disk(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [export.CFG, export.WEIGHTS])
+@pytest.mark.parametrize("name", [CFG_FILE, WEIGHTS_FILE])
 @pytest.mark.parametrize("contents", [b"", b"\xff" * 40, b"[]", b'{"hook_name": 3, "d_in": 4}', b"[" * 100_000])
 def test_a_corrupt_file_of_a_release_is_one_line(tmp_path: Path, name: str, contents: bytes) -> None:
     save_run(tmp_path / "run")
@@ -537,8 +574,8 @@ def test_an_sae_that_was_loaded_is_saved_again(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "model.layers.1"
     sae = SAE.load_from_disk(folder)
     paths = sae.save_model(tmp_path / "deep" / "again")
-    assert [path.name for path in paths] == [export.WEIGHTS, export.CFG]
-    assert json.loads(paths[1].read_text()) == json.loads((folder / export.CFG).read_text())
+    assert [path.name for path in paths] == [WEIGHTS_FILE, CFG_FILE]
+    assert json.loads(paths[1].read_text()) == json.loads((folder / CFG_FILE).read_text())
     again, theirs = SAE.load_from_disk(tmp_path / "deep" / "again"), sae_lens.SAE.load_from_disk(paths[1].parent)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor) and torch.equal(theirs.state_dict()[name], tensor)

@@ -210,3 +210,17 @@ def test_places_of_a_released_sae() -> None:
     assert places(theirs | {"hf_hook_name": f"{mlp}:in", "hf_hook_name_out": layer}, names) == (f"{mlp}:in", layer)
     with pytest.raises(UserError, match="hook_name: missing in the SAE's metadata"):
         places({}, names)
+
+
+def test_places_in_the_same_model_with_and_without_its_head() -> None:
+    """Its layers have other names then; TransformerLens's name is the same."""
+    with_head = make("llama")
+    assert isinstance(with_head.model, torch.nn.Module)
+    without = module_names(with_head.model)
+    theirs = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    ours = {"hf_hook_name": "model.layers.1.mlp:in", "hf_hook_name_out": "model.layers.1.mlp"}
+    assert places({**theirs, **ours}, without) == ("layers.1.mlp:in", "layers.1.mlp")
+    bare = {name: value.removeprefix("model.") for name, value in ours.items()}
+    assert places({**theirs, **bare}, module_names(with_head)) == ("model.layers.1.mlp:in", "model.layers.1.mlp")
+    with pytest.raises(UserError, match=r"is known to give model\.layers\.9;"):
+        places({"hook_name": "blocks.9.hook_resid_post", "hf_hook_name": "model.layers.9"}, without)

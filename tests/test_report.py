@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -154,9 +155,11 @@ def test_a_run_that_goes_on_and_damaged_lines(tmp_path: Path) -> None:
     whole = data_of(page_of(save_run(tmp_path / "whole", records, CONFIG)))
     half = data_of(page_of(save_run(tmp_path / "half", records, CONFIG, end='{"step": 13, "tok')))
     assert half["saes"] == whole["saes"] and half["notes"] == []
-    damaged = data_of(page_of(save_run(tmp_path / "damaged", records, CONFIG, end='{"step"\n[]\n{"a": 1}\n')))
+    infinite = ['{"step": Infinity, "sae_id": "a", "tokens": 1}', '{"step": 1, "sae_id": "a", "tokens": -Infinity}']
+    end = "\n".join(['{"step"', "[]", '{"a": 1}', *infinite, ""])
+    damaged = data_of(page_of(save_run(tmp_path / "damaged", records, CONFIG, end=end)))
     assert damaged["saes"] == whole["saes"]
-    assert damaged["notes"] == ["3 lines of metrics.jsonl cannot be read and are left out"]
+    assert damaged["notes"] == ["5 lines of metrics.jsonl cannot be read and are left out"]
 
 
 def test_long_runs_are_thinned_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,13 +190,29 @@ def test_figures_of_an_evaluated_release(tmp_path: Path) -> None:
     assert data["release"] == {SAES[2]: {"sparsity/l0": 31.5, "reconstruction_quality/mse": "nan"}}
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "release/model.layers.0/small/eval.json"])
+def test_of_several_releases_the_newest_figures_are_shown(tmp_path: Path) -> None:
+    run_dir = save_run(tmp_path / "run", made_up_records(3), CONFIG)
+    for age, name in enumerate([".new.replaced", "new", "older"]):
+        path = run_dir / name / "model.layers.0/small/eval.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"sparsity": {"l0": age}}))
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert data_of(page_of(run_dir))["release"] == {SAES[0]: {"sparsity/l0": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.yaml", "is damaged; restore it, or remove it and make the page without it"),
+        ("release/model.layers.0/small/eval.json", r"is no JSON object \(.*\); run .* again, or remove it"),
+    ],
+)
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-def test_a_damaged_file_beside_the_metrics_is_one_line(tmp_path: Path, name: str, text: str) -> None:
+def test_a_damaged_file_beside_the_metrics_is_one_line(tmp_path: Path, name: str, words: str, text: str) -> None:
     run_dir = save_run(tmp_path / "run", made_up_records(2))
     (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (run_dir / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"^[^\n]*is damaged; restore it, or remove it and make the page without it$"):
+    with pytest.raises(UserError, match=rf"^[^\n]*{words}$"):
         report.collect(run_dir)
 
 

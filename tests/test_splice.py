@@ -22,7 +22,7 @@ from scale_sae.config import from_dict, to_dict
 from scale_sae.embedded import MODEL_FOLDER
 from scale_sae.errors import UserError
 from scale_sae.saes.inference import SAE, build
-from scale_sae.splice import splice
+from scale_sae.splice import _substitute, splice
 
 D_IN, D_SAE = 256, 64
 BOS, PAD = 0, 2
@@ -283,6 +283,20 @@ def test_model_and_sae_on_different_devices(model: Any, tokenizer: Any, tmp_path
         assert spliced.feature_acts["model.layers.1"].device.type == "cuda"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_input_and_target_on_different_devices(device: str, tmp_path: Path) -> None:
+    """As those of a transcoder may be where the model's layers are spread."""
+    sae = SAE.load_from_disk(write_sae(tmp_path / "sae", "skip_transcoder"), device)
+    x, y = torch.randn(2, 2, 5, D_IN, generator=torch.Generator().manual_seed(0))
+    keep = torch.arange(10).reshape(2, 5) % 3 > 0
+    wanted = _substitute(sae.to("cpu"), x, y, keep, False)
+    found = _substitute(sae.to(device), x.to("cuda"), y, keep.to("cuda"), False)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert (found[0].device.type, found[1].device.type) == (device, "cpu")
+
+
 @pytest.mark.parametrize("use_error_term", [False, True])
 def test_model_and_sae_of_different_dtypes(use_error_term: bool, tmp_path: Path) -> None:
     model = load_model(torch.bfloat16)
@@ -317,6 +331,8 @@ class TestErrors:
         self.check(
             r"saes\.blocks\.7\.hook_resid_post: .*layers 0 to 3", model, {"blocks.7.hook_resid_post": exact_sae()}
         )
+        elsewhere = exact_sae(hook_name="blocks.1.hook_resid_post")  # is no answer to a name that was given
+        self.check(r"saes\.model\.layer\.1: .*did you mean model.layers.1", model, {"model.layer.1": elsewhere})
         self.check(r"saes\.0: Linear is no released SAE", model, [torch.nn.Linear(2, 2)])
         self.check("another SAE is at model.layers.1 already", model, [exact_sae(), exact_sae()])
         self.check(

@@ -20,11 +20,13 @@ import huggingface_hub
 import pytest
 import sae_lens
 import torch
+import yaml
 from huggingface_hub import constants
 
 from made_up_run import D_IN, save_run
-from scale_sae import upload
+from scale_sae import card, upload
 from scale_sae.collectives import Shard
+from scale_sae.config import from_dict
 from scale_sae.consolidate import consolidate
 from scale_sae.errors import UserError
 from scale_sae.saes import SAE, registry
@@ -51,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.messages: list[str] = []
         self.puts: list[int] = []  # sizes of the large files that were received
         self.puts_until_cut = 10**9
+        self.commits_until_busy = 10**9
         self.loses = ""  # a path that commits leave out
 
     @property
@@ -183,6 +186,8 @@ class Requests(BaseHTTPRequestHandler):
 
     def receive_commit(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> None:
         hub = self.server
+        if len(hub.commits) >= hub.commits_until_busy:
+            return self.answer(429)
         files = dict(hub.files(repo, branch))
         for line in lines[1:]:
             value = line["value"]
@@ -274,7 +279,7 @@ def test_both_libraries_load_what_was_sent(hub: Hub, release: Path, capsys: pyte
     assert there.keys() == expected_paths(SMALL, WIDE) | {f"{SMALL}/eval.json", "eval.json"}
     assert hub.messages == ["made", f"Upload {SMALL}", f"Upload {WIDE}", "Upload the model card"]
     for sae_id in (SMALL, WIDE):
-        for name in ("sae_weights.safetensors", "cfg.json", "runner_cfg.json", "sparsity.safetensors"):
+        for name in ("sae_weights.safetensors", "cfg.json", "sparsity.safetensors"):
             assert there[f"{sae_id}/{name}"] == (release / sae_id / name).read_bytes()
         ours, theirs = SAE.from_pretrained("user/saes", sae_id), sae_lens.SAE.from_pretrained("user/saes", sae_id)
         local = SAE.from_pretrained(str(release), sae_id)
@@ -282,7 +287,7 @@ def test_both_libraries_load_what_was_sent(hub: Hub, release: Path, capsys: pyte
         assert torch.equal(ours(x), local(x))
         torch.testing.assert_close(theirs(x), local(x))  # float32, sums in another order
     card = there["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: saelens\n") and "| 0.8765 | 7.5 |" in card
+    assert card.startswith("---\nlibrary_name: saelens\n") and "| 0.8765 | 7.50 |" in card
     assert f'SAE.from_pretrained("user/saes", "{SMALL}")' in card
     assert "With all SAEs in place at once the model's loss is 2.5000 (without: -" in card
     assert "| lr | `0.0004` |" in card and "| context_size | `128` |" in card
@@ -303,7 +308,7 @@ def test_a_second_upload_sends_what_has_changed(hub: Hub, release: Path, capsys:
     (release / WIDE / "eval.json").write_text('{"sparsity": {"l0": 3.5}}')
     upload.upload(release, "user/saes")
     assert hub.messages[before:] == [f"Upload {WIDE}", "Upload the model card"]
-    assert "| 3.5 |" in hub.files("user/saes")["README.md"].decode()
+    assert "| 3.50 |" in hub.files("user/saes")["README.md"].decode()
 
 
 def test_an_upload_that_was_cut_short_goes_on(
@@ -320,6 +325,27 @@ def test_an_upload_that_was_cut_short_goes_on(
     assert hub.files("user/saes").keys() == expected_paths(SMALL, WIDE)
     assert len(hub.puts) == len(set(hub.puts)) == 6
     assert TOKEN not in line + "".join(capfd.readouterr())
+
+
+def test_many_saes_share_their_commits(hub: Hub, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub takes so many in an hour, then answers 429; with the next hour the same command goes on."""
+    monkeypatch.setattr(upload, "COMMITS", 1)
+    hub.commits_until_busy = 2
+    line = failed(str(bare), "--repo", "user/saes")
+    assert line.startswith("user/saes: the hub takes no more for now (429); wait an hour, then run the same command")
+    assert hub.messages == ["made", f"Upload {SMALL} and 1 more"]
+    hub.commits_until_busy = 10**9
+    upload.upload(bare, "user/saes")
+    assert hub.messages[2:] == ["Upload the model card"]
+    assert hub.files("user/saes").keys() == expected_paths(SMALL, WIDE, names=BARE)
+
+
+@pytest.mark.parametrize(("saes", "expected"), [(1, 1), (32, 32), (33, 17), (200, 29)])
+def test_how_many_commits(saes: int, expected: int) -> None:
+    plan = {f"layer_{index}": [upload.File(f"layer_{index}/cfg.json", b"{}")] for index in range(saes)}
+    commits = upload._commits(plan, {})
+    assert len(commits) == expected
+    assert [file for _, part in commits for file in part] == [file for part in plan.values() for file in part]
 
 
 def test_a_revision_and_a_private_repository(hub: Hub, bare: Path) -> None:
@@ -371,6 +397,7 @@ def test_absolute_paths_stay_here(hub: Hub, tmp_path: Path, capsys: pytest.Captu
         "output_dir": "/home/ann/secret/run",
         "model": {"name": "/scratch/ann/llama"},
         "data": {"dataset": "C:\\Users\\ann\\texts", "tokenizer": "~/tokenizer"},
+        "logging": {"wandb_project": "ann's", "wandb_entity": "ann", "run_name": "ann", "log_every_steps": 7},
     }
     save_run(tmp_path / "run", keys=keys)
     consolidate(tmp_path / "run", tmp_path / "release")
@@ -380,9 +407,50 @@ def test_absolute_paths_stay_here(hub: Hub, tmp_path: Path, capsys: pytest.Captu
     run = json.loads(sent["model.layers.1/runner_cfg.json"])
     assert (run["output_dir"], run["model"]["name"], run["data"]["dataset"]) == ("run", "llama", "texts")
     assert json.loads(sent["model.layers.1/cfg.json"])["metadata"]["model_name"] == "llama"
+    assert run["logging"] == {"log_every_steps": 7, "log_to_wandb": False, "log_weights_to_wandb": False}
+    assert from_dict(run).logging.log_every_steps == 7  # it trains again
+    front = yaml.safe_load(sent["README.md"].decode().split("---")[1])
+    assert front.keys() == {"library_name", "tags"}  # llama and texts are no names of the hub
+    card = (tmp_path / "release/README.md").read_text()
+    assert "ann" not in card and "base_model" not in card and "`llama`" in card
     said = capsys.readouterr().out
-    assert "absolute paths are sent as their last part: data.dataset, data.tokenizer, metadata.dataset_path" in said
+    assert "without user and password: data.dataset, data.tokenizer, metadata.dataset_path" in said
     assert b"ann" in (tmp_path / "release" / "model.layers.1" / "runner_cfg.json").read_bytes()
+
+
+def test_what_of_a_path_or_an_address_is_sent() -> None:
+    sent = {
+        "../../secret/llama": "llama",
+        "..\\texts": "texts",
+        "file:///home/ann/texts": "texts",
+        "https://ann:secret@host/a/../b": "https://host/a/../b",
+        "s3://key:p@ss@bucket/texts": "s3://bucket/texts",
+        "user/name": "user/name",
+        "s3://bucket/a@b": "s3://bucket/a@b",
+        "data/a..b": "data/a..b",
+    }
+    cut: set[str] = set()
+    assert card.without_local_paths({"data": list(sent)}, cut) == {"data": list(sent.values())}
+    assert cut == {f"data.{index}" for index in range(5)}
+
+
+def test_names_are_only_text_in_the_card() -> None:
+    about: dict[str, Any] = {
+        "model_name": "a\n# b`<img src=x>",
+        "hook_name": "x|y",
+        "context_size": "<b>",
+        "training_steps": "1\n```",
+    }
+    about |= {"training_library": "scale_sae", "training_options": {"lr|`": "`|<i>\n", "seed": 0}}
+    cfg = {"architecture": "a|b", "d_in": 1, "d_sae": 2, "dtype": "`", "metadata": about}
+    text = card.text([card.entry('a"`]|</b>\n(c', cfg, has_plot=True)], "user/saes")
+    names = "a?# b??img src=x?"
+    assert f"\n# Sparse autoencoders for {names}\n" in text and f" on `{names}` over `-`, in" in text
+    assert '\n| `a"????/b??(c` | `x?y` | a?b | 1 | 2 | - | - |\n' in text
+    assert '\n| lr?? | `"` |\n| seed | `0` |\n' in text
+    assert r'SAE.from_pretrained("user/saes", "a\"`]|</b>\n(c")' in text
+    assert '![a"????/b??(c](a%22%60%5D%7C%3C/b%3E%0A%28c/density.png)' in text
+    assert text.count("```") == 6 and "--step 1???? --dtype ?" in text
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
@@ -506,7 +574,7 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
         "has shape [32, 96], but by cfg.json [32, 95]",
     ),
     "a runner_cfg.json that is none": (f"{SMALL}/runner_cfg.json", write("[1]"), "runner_cfg.json: is no JSON object"),
-    "figures that are none": (f"{SMALL}/eval.json", write("nan?"), "eval.json: is no object of figures"),
+    "figures that are none": (f"{SMALL}/eval.json", write("nan?"), "eval.json: is no JSON object"),
     "sparsity of another": (f"{SMALL}/sparsity.safetensors", write("?"), "is not a whole safetensors file"),
 }
 

@@ -7,9 +7,11 @@ neither the first rank nor any other needs memory for a second SAE. ``consolidat
 import copy
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,39 +38,60 @@ def save_release(
         The paths of the two files, each of which appears whole or not at all.
 
     Raises:
-        UserError: a weight is not finite. On all ranks.
+        UserError: a weight is not finite, or the disk is full or cannot be written. On all ranks.
     """
-    blocks_of = _Blocks(sae, {**sae.tensors(), **(tensors or {})}, scale, target_scale)
+    blocks_of = _LiveBlocks(sae, {**sae.tensors(), **(tensors or {})}, scale, target_scale)
+    dtype = DTYPES[sae.cfg.dtype]
     weights, cfg_file = folder / WEIGHTS_FILE, folder / CFG_FILE
     aside = weights.with_name(f".{WEIGHTS_FILE}.writing")
     leads = sae.shard.rank == 0
+    agree = partial(sae.shard.agree, folder=str(folder))
     finite = torch.ones((), device=sae.device)
     with ExitStack() as stack:
-        writer = None
-        if leads:
-            folder.mkdir(parents=True, exist_ok=True)
-            writer = stack.enter_context(Writer(aside, blocks_of.layout()))
+        shapes = blocks_of.shapes(dtype)
+        writer = agree(lambda: stack.enter_context(_begin(aside, shapes)) if leads else None)
         for start, stop in blocks(0, sae.n_local, 2 * 8 * sae.cfg.d_in):
-            for name, tensor in blocks_of.released(start, stop).items():
+            for name, tensor in blocks_of.released(start, stop, dtype).items():
                 finite *= tensor.isfinite().all().to(finite)
                 axis = blocks_of.axes[name]
                 if axis is None:
-                    if writer is not None and start == 0:
-                        writer.tensor(name, tensor)
+                    if start == 0:
+                        agree(partial(_put_whole, writer, name, tensor))
                     continue
                 gathered = sae.shard.all_gather(tensor.to(sae.device))
-                if writer is not None:
-                    put = writer.rows if axis == 0 else writer.columns
-                    for shard, part in enumerate(gathered.cpu()):
-                        put(name, shard * sae.n_local + start, part)
+                firsts = range(start, sae.cfg.d_sae, sae.n_local)
+                agree(partial(_put_latents, writer, name, axis, firsts, gathered))
+        agree(stack.close)
     if not sae.shard.all_reduce(finite, "min"):
         if leads:
             aside.unlink()
         raise UserError(f"{folder}: the SAE's weights are not finite: its training has diverged; nothing was saved")
-    if leads:
-        _write_json(cfg_file, cfg_dict(sae))
-        os.replace(aside, weights)
+    agree(lambda: _finish(sae, aside, weights, cfg_file) if leads else None)
     return weights, cfg_file
+
+
+def _begin(path: Path, shapes: Mapping[str, tuple[torch.dtype, list[int]]]) -> Writer:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Writer(path, shapes)
+
+
+def _put_whole(writer: Writer | None, name: str, tensor: Tensor) -> None:
+    if writer is not None:
+        writer.tensor(name, tensor)
+
+
+def _put_latents(writer: Writer | None, name: str, axis: int, firsts: range, gathered: Tensor) -> None:
+    """Writes every shard's latents of a block, ``gathered [shards, ...]``, from the ``firsts`` on."""
+    if writer is None:
+        return
+    put = writer.rows if axis == 0 else writer.columns
+    for first, part in zip(firsts, gathered.cpu(), strict=True):
+        put(name, first, part)
+
+
+def _finish(sae: Any, aside: Path, weights: Path, cfg_file: Path) -> None:
+    _write_json(cfg_file, cfg_dict(sae))
+    os.replace(aside, weights)
 
 
 def cfg_dict(sae: Any) -> dict[str, Any]:
@@ -104,42 +127,80 @@ def latent_axes(released: Callable[[int], Mapping[str, Tensor]]) -> dict[str, in
     }
 
 
-class _Blocks:
-    """This shard's latents in the form of the release, by blocks.
+class LatentBlocks(ABC):
+    """A trained SAE in the form of its release, by blocks of latents: SAEs of their own, in float64, on the CPU.
 
     Attributes:
+        scale, target_scale: what inputs and targets are multiplied by in training; a release has them folded in.
         axes: the dimension of the latents in each released tensor; None where it has none.
     """
 
-    def __init__(self, sae: Any, tensors: Mapping[str, Tensor], scale: float, target_scale: float):
-        self.sae, self.tensors = sae, tensors
+    def __init__(self, cfg: Any, scale: float, target_scale: float):
+        self.cfg = cfg
         self.scale, self.target_scale = scale, target_scale
-        self.dtype = DTYPES[sae.cfg.dtype]
-        self.axes = latent_axes(lambda n: self._made_up(n).inference_state_dict())
+        self.axes = latent_axes(lambda n: self.convert(self.made_up(n).inference_state_dict()))
 
-    def _made_up(self, n_latents: int) -> Any:
-        return type(self.sae)(of_latents(self.sae.cfg, n_latents), Shard())
+    @abstractmethod
+    def made_up(self, n_latents: int) -> Any:
+        """A ``TrainingSAE`` like this one, of other latents: all zeros, float64."""
+
+    @abstractmethod
+    def trained(self, name: str, start: int, stop: int, *, replicated: bool) -> Tensor:
+        """Latents ``start..stop`` of a tensor as it is trained, or all of one that shards replicate."""
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """SAELens's names and orientation, as the release has them."""
+        return dict(tensors)
 
     @torch.no_grad()
-    def released(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The released tensors of local latents ``start..stop``, and those without latents, on the CPU."""
-        block = self._made_up(stop - start)
-        for name, tensor in block.tensors().items():
-            own = self.tensors[name].detach()
-            tensor.copy_(own if name in block.replicated else own[start:stop])
-        if (self.scale, self.target_scale) != (1, 1):
-            block.fold_activation_norm_scaling_factor(self.scale, self.target_scale)
-        return {name: cast(name, tensor, self.dtype) for name, tensor in block.inference_state_dict().items()}
+    def block(self, start: int, stop: int) -> Any:
+        """Latents ``start..stop`` as a ``TrainingSAE`` of their own, float64, as they were trained."""
+        sae = self.made_up(stop - start)
+        for name, tensor in sae.tensors().items():
+            tensor.copy_(self.trained(name, start, stop, replicated=name in sae.replicated))
+        return sae
 
-    def layout(self) -> dict[str, tuple[torch.dtype, list[int]]]:
+    @torch.no_grad()
+    def unscaled_block(self, start: int, stop: int) -> Any:
+        """``block`` for inputs as they are, where training scaled them."""
+        sae = self.block(start, stop)
+        if (self.scale, self.target_scale) != (1, 1):
+            sae.fold_activation_norm_scaling_factor(self.scale, self.target_scale)
+        return sae
+
+    @torch.no_grad()
+    def released(self, start: int, stop: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the release holds of latents ``start..stop`` (W_enc as ``[d_in, stop - start]``) and what has none."""
+        tensors = self.convert(self.unscaled_block(start, stop).inference_state_dict())
+        return {
+            name: cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def shapes(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Dtype and shape of every released tensor of the whole SAE."""
         found = {}
-        for name, tensor in self.released(0, 1).items():
+        for name, tensor in self.released(0, 1, dtype).items():
             shape, axis = list(tensor.shape), self.axes[name]
             if axis is not None:
-                shape[axis] = self.sae.cfg.d_sae
+                shape[axis] = self.cfg.d_sae
             found[name] = tensor.dtype, shape
         return found
+
+
+class _LiveBlocks(LatentBlocks):
+    """This shard's latents; those of a block are counted from its first."""
+
+    def __init__(self, sae: Any, tensors: Mapping[str, Tensor], scale: float, target_scale: float):
+        self.sae, self.tensors = sae, tensors
+        super().__init__(sae.cfg, scale, target_scale)
+
+    def made_up(self, n_latents: int) -> Any:
+        return type(self.sae)(of_latents(self.cfg, n_latents), Shard())
+
+    def trained(self, name: str, start: int, stop: int, *, replicated: bool) -> Tensor:
+        own = self.tensors[name].detach()
+        return own if replicated else own[start:stop]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
