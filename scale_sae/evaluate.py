@@ -1,13 +1,14 @@
 """Evaluates a release on held-out text: ``[accelerate launch …] -m scale_sae.evaluate DIR [--sae_id …] [--tokens N]``.
 
 For each SAE: how well it reconstructs, how sparse it is, and what the language model loses when the reconstruction
-takes the place of the activations. Writes ``eval.json`` beside the weights (SAELens's names) and prints a table; and
+takes the place of the activations. Writes ``eval.json`` beside the weights (SAELens's names) and prints a table; then
 ``DIR/eval.json``, what the model loses with all of them in place at once, where no two of them are at one place.
 
 Of several ranks each ``topology.lm.tp`` share a copy of the model, and the copies share the text. The figures are those
 of one process.
 """
 
+import gc
 import inspect
 import json
 import os
@@ -24,19 +25,23 @@ from torch import Tensor
 
 from scale_sae import topology
 from scale_sae.activations.source import inspect_model
+from scale_sae.card import EVAL, FIGURES, json_object
 from scale_sae.collectives import NonFiniteError, Ranks
 from scale_sae.config import RunConfig, from_dict
 from scale_sae.config_parsing import set_dotted
 from scale_sae.errors import UserError, nearest
-from scale_sae.held_out import Batch, HeldOutModel, Losses, Substitute, batches, instead, loss_figures, loss_sums, total
+from scale_sae.export import RUNNER_CFG
+from scale_sae.held_out import Batch, HeldOutModel, Losses, Substitute, WithoutSAE, batches, instead
+from scale_sae.hook_names import names_of
 from scale_sae.progress import progress_bar
-from scale_sae.reconstruction import Figures, Reconstruction
-from scale_sae.saes.inference import SAE, read_cfg
+from scale_sae.reconstruction import Figures, Reconstruction, reconstructed
+from scale_sae.saes.inference import CFG_FILE, SAE, read_cfg
 from scale_sae.session import Session, agree, run_command
 from scale_sae.topology import LMRanks
 from scale_sae.train import open_model, set_tf32
 
-EVAL = "eval.json"
+# SAEs of as many bytes stay in memory while several are in place at once; the others are read for each batch.
+SAE_BYTES = 2**32
 T = TypeVar("T")
 
 
@@ -73,9 +78,11 @@ class Evaluator:
         self.model = HeldOutModel(self.agreed(lambda: open_model(config, widths, devices, mesh, reads)))
         replica, replicas = (0, 1) if ranks is None else (ranks.replica, ranks.replicas)
         self.own = dict(list(enumerate(self.data))[replica::replicas])
-        # Of the model as it is, and with zeros at some hookpoints, by batch; found once.
-        self.clean: dict[int, float] = {}
-        self.ablated: dict[tuple[tuple[str, ...], int], Losses] = {}
+        self.without_sae = WithoutSAE(self.data)
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
 
     @property
     def leads(self) -> bool:
@@ -83,7 +90,7 @@ class Evaluator:
         return self.ranks is None or self.ranks.leads
 
     def evaluate(self, sae: SAE, hookpoint: str, target: str, done: Callable[[], object] = lambda: None) -> Figures:
-        """All figures of one SAE, on all ranks.
+        """All figures of one SAE, on all ranks; those of principal components on the main one.
 
         The ablation sets the kept positions to zero; excluded positions (special tokens) stay as they are throughout.
 
@@ -101,7 +108,6 @@ class Evaluator:
 
         def losses(number: int, batch: Batch) -> Losses | None:
             clean = self.model.clean(batch, list(dict.fromkeys((hookpoint, target))))
-            self._without_sae(number, batch, clean.logits, (target,))
             if not clean.reaches(hookpoint, before=target):
                 raise UserError(
                     f"reads {hookpoint}, which a forward reaches after {target}, where its output would go; it cannot "
@@ -110,7 +116,10 @@ class Evaluator:
             x = clean.rows[hookpoint]
             y_hat = reconstruction.add(x, x if hookpoint == target else clean.rows[target], counts=self.leads)
             done()
-            return None if clean.logits is None else self.model.losses(batch, clean.logits, {target: instead(y_hat)})
+            if clean.logits is None:
+                return None
+            self.without_sae.find(self.model, number, clean.logits, (target,))
+            return self.model.losses(batch, clean.logits, {target: instead(y_hat)})
 
         lost = self._of_all(losses)
         if self.ranks is not None:
@@ -119,14 +128,17 @@ class Evaluator:
         if not reconstruction.sums.rows:
             places = " or ".join(dict.fromkeys((hookpoint, target)))
             raise UserError(f"all activations at {places} are NaN or infinite; try model.dtype: float32")
-        return reconstruction.sums.figures() | self._figures(lost, (target,))
+        return reconstruction.sums.figures(pca=self.is_main) | self.without_sae.figures((target,), lost)
 
-    def evaluate_together(self, load: Mapping[tuple[str, str], Callable[[], SAE]]) -> Figures | None:
-        """What the model loses with several SAEs in place at once; None where that cannot be.
+    def evaluate_together(
+        self, load: Mapping[tuple[str, str], Callable[[], SAE]], done: Callable[[], object] = lambda: None
+    ) -> Figures | None:
+        """What the model loses with several SAEs in place at once, on all ranks; None where that cannot be.
 
         Args:
-            load: (hookpoint, target) → what gives the SAE there. It is called in every forward, so that only one of
-                them need be in memory.
+            load: (hookpoint, target) → what gives the SAE there. It is called once, or in every forward where the SAEs
+                before have `SAE_BYTES` already: one of them then need be in memory.
+            done: called after each batch.
 
         Raises:
             NonFiniteError: an SAE gave NaN or infinite values.
@@ -135,30 +147,27 @@ class Evaluator:
         if len(set(targets)) < len(targets) or not self.model.predicts:
             return None
         hookpoints = list(dict.fromkeys(name for place in load for name in place))
+        first = Batch(self.data[0].tokens[:1], self.data[0].keep[:1])
+        clean = self.model.clean(first, hookpoints)
+        if not all(clean.reaches(source, before=target) for source, target in load):
+            return None
+        sae_at = keeping(load)
 
-        def losses(number: int, batch: Batch) -> Losses | None:
-            clean = self.model.clean(batch, hookpoints)
-            if not all(clean.reaches(source, before=target) for source, target in load):
-                return None
-            assert clean.logits is not None
-            self._without_sae(number, batch, clean.logits, targets)
+        def losses(number: int, batch: Batch) -> Losses:
+            logits = self.model.clean(batch, []).logits
+            assert logits is not None
+            self.without_sae.find(self.model, number, logits, targets)
             seen: dict[str, Tensor] = {}
 
             def change(source: str, target: str, y: Tensor) -> Tensor:
-                return Reconstruction(load[source, target]()).add(y if source == target else seen[source], y, False)
+                return reconstructed(sae_at((source, target)), y if source == target else seen[source], y)
 
             changes: dict[str, Substitute] = {place[1]: partial(change, *place) for place in load}
-            return self.model.losses(batch, clean.logits, changes, seen.__setitem__, [s for s, t in load if s != t])
+            lost = self.model.losses(batch, logits, changes, seen.__setitem__, [s for s, t in load if s != t])
+            done()
+            return lost
 
-        lost = self._of_all(losses)
-        return self._figures(lost, targets) if lost else None
-
-    def _without_sae(self, number: int, batch: Batch, logits: Tensor | None, targets: tuple[str, ...]) -> None:
-        """Finds, once, the losses of the model as it is and with zeros at ``targets``."""
-        if logits is None or (targets, number) in self.ablated:
-            return
-        self.clean[number] = loss_sums(logits, batch.tokens, logits).ce
-        self.ablated[targets, number] = self.model.losses(batch, logits, dict.fromkeys(targets, torch.zeros_like))
+        return self.without_sae.figures(targets, self._of_all(losses))
 
     def _of_all(self, losses: Callable[[int, Batch], Losses | None]) -> dict[int, Losses]:
         """``losses`` of every batch, by its number, each found by one copy of the model. What one raises, all raise."""
@@ -169,34 +178,44 @@ class Evaluator:
                 found = {number: losses(number, batch) for number, batch in self.own.items()}
         except (NonFiniteError, UserError) as error:
             problem = error.with_traceback(None)
-        parts = [(problem, found, self.clean, self.ablated)]
+        parts = [(problem, found, self.without_sae.losses)]
         if self.ranks is not None:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, parts[0], group=self.ranks.control)
             parts = gathered
-        for failed, _, clean, ablated in parts:
+        for failed, _, without_sae in parts:
             if failed is not None:
                 raise failed
-            self.clean |= clean
-            self.ablated |= ablated
-        return {number: lost for _, part, *_ in parts for number, lost in part.items() if lost is not None}
-
-    def _figures(self, lost: Mapping[int, Losses], targets: tuple[str, ...]) -> Figures:
-        if not lost:  # a model that predicts no tokens
-            return {}
-        numbers = range(len(self.data))
-        zeroed = total([self.ablated[targets, number] for number in numbers])
-        clean = sum(self.clean[number] for number in numbers)
-        return loss_figures(self.data, clean, total([lost[number] for number in numbers]), zeroed)
+            self.without_sae.losses |= without_sae
+        return {number: lost for _, part, _ in parts for number, lost in part.items() if lost is not None}
 
     def agreed(self, attempt: Callable[[], T]) -> T:
         """What ``attempt`` gives; a UserError of one rank is one of all."""
         return attempt() if self.ranks is None else agree(attempt)
 
 
+def keeping(load: Mapping[tuple[str, str], Callable[[], SAE]]) -> Callable[[tuple[str, str]], SAE]:
+    """What gives the SAE at a place, which it loads but for those that it holds: the first ones, of `SAE_BYTES`."""
+    kept: dict[tuple[str, str], SAE] = {}
+    free = SAE_BYTES
+
+    def sae_at(place: tuple[str, str]) -> SAE:
+        nonlocal free
+        if place in kept:
+            return kept[place]
+        sae = load[place]()
+        size = sum(tensor.nbytes for tensor in (*sae.parameters(), *sae.buffers()))
+        if size <= free:
+            kept[place] = sae
+            free -= size
+        return sae
+
+    return sae_at
+
+
 def release_folders(root: Path, sae_id: str | None) -> list[Path]:
     """The folders of the release's SAEs, or of the one asked for."""
-    folders = sorted(path.parent for path in root.rglob("cfg.json"))
+    folders = sorted(path.parent for path in root.rglob(CFG_FILE))
     if not folders:
         raise UserError(
             f"{root}: holds no released SAE; make one with python -m scale_sae.consolidate RUN_DIR --out {root}"
@@ -213,51 +232,31 @@ def place_of(folder: Path) -> tuple[str, str]:
     """(hookpoint of a released SAE's input, hookpoint of what it reconstructs), as names of the transformers model."""
     metadata = read_cfg(folder).get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    source = metadata.get("hf_hook_name") or metadata.get("hook_name")
-    target = metadata.get("hf_hook_name_out") or metadata.get("hook_name_out") or source
-    if not isinstance(source, str) or not isinstance(target, str):
-        raise UserError(f"{folder / 'cfg.json'}: metadata.hook_name: {source!r} names no place in the model")
-    return source, target
+    sources, targets = names_of(metadata)
+    if not sources:
+        name = metadata.get("hook_name")
+        raise UserError(f"{folder / CFG_FILE}: metadata.hook_name: {name!r} names no place in the model")
+    return sources[0], (targets or sources)[0]
 
 
 def run_config(folder: Path) -> dict[str, Any]:
     """The config of the run that a released SAE is from, without its topology."""
-    path = folder / "runner_cfg.json"
+    path = folder / RUNNER_CFG
     if not path.is_file():
         raise UserError(
             f"{folder}: has no {path.name}; evaluate needs the config of the SAE's run, for its model and its held-out "
             "text, which releases of scale_sae have"
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); get the file again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must hold an object with the run's config, not {type(config).__name__}")
+    config = json_object(path)
     return {name: value for name, value in config.items() if name != "topology"}
-
-
-TABLE = {
-    "explained variance": ("reconstruction_quality", "explained_variance", "{:.4f}"),
-    "PCA-k FVU": ("reconstruction_quality", "pca_fvu", "{:.4f}"),
-    "L0": ("sparsity", "l0", "{:.2f}"),
-    "L0 max": ("sparsity", "l0_max", "{:.0f}"),
-    "dead": ("sparsity", "dead_fraction", "{:.1%}"),
-    "CE": ("model_performance_preservation", "ce_loss_without_sae", "{:.4f}"),
-    "CE with SAE": ("model_performance_preservation", "ce_loss_with_sae", "{:.4f}"),
-    "CE zeroed": ("model_performance_preservation", "ce_loss_with_ablation", "{:.4f}"),
-    "CE score": ("model_performance_preservation", "ce_loss_score", "{:.4f}"),
-    "KL with SAE": ("model_behavior_preservation", "kl_div_with_sae", "{:.4f}"),
-    "KL score": ("model_behavior_preservation", "kl_div_score", "{:.4f}"),
-}
 
 
 def table(results: Mapping[str, Figures]) -> str:
     """The results as text columns; FVU stands beside that of PCA with k components, which a good SAE halves."""
-    rows = [["SAE", "FVU", *TABLE]]
+    rows = [["SAE", "FVU", *FIGURES]]
     for sae_id, figures in results.items():
         row = [sae_id, f"{1 - figures['reconstruction_quality']['explained_variance']:.4f}"]
-        for section, name, form in TABLE.values():
+        for section, name, form in FIGURES.values():
             value = figures.get(section, {}).get(name)
             row.append("-" if value is None else form.format(value))
         rows.append(row)
@@ -276,6 +275,9 @@ def run(
 ) -> None:
     """Evaluates on the ranks of ``session``, or without one in this process. UserError for what cannot be evaluated."""
     together: Callable[[Callable[[], T]], T] = (lambda attempt: attempt()) if session is None else agree
+    if session is not None:
+        session.stop.release()  # there is nothing to save before it ends
+    is_main = session is None or session.is_main
     root = Path(str(release))
 
     def read() -> dict[str, tuple[RunConfig, dict[Path, tuple[str, str]]]]:
@@ -285,17 +287,24 @@ def run(
     runs = together(read)
     results: dict[str, Figures] = {}
     problems: list[str] = []
-    joint = None
-    for config, places in runs.values():
+    for number, (config, places) in enumerate(runs.values(), 1):
         evaluator = open_evaluator(config, places.values(), int(str(tokens)), session)
         found, failed = evaluate_all(evaluator, root, places)
         results |= found
         problems += failed
-        if sae_id is None and len(runs) == 1 and not failed and len(places) > 1:
-            joint = evaluate_joint(evaluator, root, places)
-    if results and (session is None or session.is_main):
-        print(table(results))
-        if joint is not None:
+        if number < len(runs):
+            del evaluator
+            gc.collect()  # before the next model is there; hooks of accelerate make a model refer to itself
+    if results and is_main:
+        print(table(results), flush=True)
+    if sae_id is None and not any(root in places for _, places in runs.values()):
+        joint, failed = None, []
+        if len(runs) == 1 and not problems and len(places) > 1:
+            joint, failed = evaluate_joint(evaluator, root, places)
+        problems += failed
+        if is_main:
+            write_figures(root, joint)
+        if is_main and joint is not None:
             ce = joint["model_performance_preservation"]
             print(f"all at once: CE with SAEs {ce['ce_loss_with_sae']:.4f}, CE score {ce['ce_loss_score']:.4f}")
     if problems:
@@ -317,11 +326,13 @@ def check_arguments(extra: tuple[object, ...], tokens: object, options: Mapping[
 def runs_of(
     folders: Sequence[Path], options: Mapping[str, Any], trust_remote_code: bool
 ) -> dict[str, tuple[RunConfig, dict[Path, tuple[str, str]]]]:
-    """The runs that SAEs are from: config, and the places of the run's SAEs by folder. They share model and text."""
+    """Configs, and for each the places, by folder, of the SAEs that share its model and text, of one run or several."""
     runs: dict[str, tuple[RunConfig, dict[Path, tuple[str, str]]]] = {}
     for folder in folders:
         tree = run_config(folder)
-        text = json.dumps(tree, sort_keys=True)
+        train = tree.get("train")
+        tf32 = train.get("allow_tf32") if isinstance(train, dict) else None
+        text = json.dumps([tree.get("model"), tree.get("data"), tf32], sort_keys=True)
         if text not in runs:
             tree["topology"] = {"lm": {}}
             for name, value in options.items():
@@ -329,7 +340,7 @@ def runs_of(
             try:
                 config = from_dict(tree)
             except UserError as error:
-                where = "" if str(error).startswith("topology") else f"{folder / 'runner_cfg.json'}: "
+                where = "" if str(error).startswith("topology") else f"{folder / RUNNER_CFG}: "
                 raise UserError(f"{where}{error}") from None
             if config.model.trust_remote_code and not trust_remote_code:
                 # A release may be anybody's: what its config says is no consent.
@@ -372,42 +383,56 @@ def evaluate_all(
     """Evaluates one SAE after the other and writes their figures: these by SAE, and what went wrong with the others."""
     results: dict[str, Figures] = {}
     problems: list[str] = []
-    is_main = evaluator.ranks is None or evaluator.ranks.rank == 0
-    bar = progress_bar(len(places) * len(evaluator.own), "evaluating", "batch", unit_scale=False) if is_main else None
+    done, close = progress(evaluator, len(places), "evaluating")
     for folder, place in places.items():
         name = folder.relative_to(root).as_posix()
+        figures = None
         try:
             sae = evaluator.agreed(partial(SAE.load_from_disk, folder, evaluator.device))
-            figures = evaluator.evaluate(sae, *place, done=bar.update if bar else lambda: None)
+            figures = results[name] = evaluator.evaluate(sae, *place, done=done)
         except NonFiniteError:
             problems.append(f"{name}: some activations are NaN or infinite, so there are no figures")
-            continue
         except UserError as error:
             problems.append(f"{name}: {error}")
-            continue
-        results[name] = figures
-        if is_main:
+        if evaluator.is_main:
             write_figures(folder, figures)
-    if bar is not None:
-        bar.close()
+    close()
     return results, problems
 
 
-def evaluate_joint(evaluator: Evaluator, root: Path, places: Mapping[Path, tuple[str, str]]) -> Figures | None:
-    """What the model loses with all SAEs of a release in place at once, which is written; None where it cannot be."""
+def evaluate_joint(
+    evaluator: Evaluator, root: Path, places: Mapping[Path, tuple[str, str]]
+) -> tuple[Figures | None, list[str]]:
+    """What the model loses with all SAEs of a release in place at once, or None; and what went wrong."""
     load = {place: partial(SAE.load_from_disk, folder, evaluator.device) for folder, place in places.items()}
-    if len(load) < len(places) or root in places:
-        return None
-    figures = evaluator.evaluate_together(load)
-    if figures is not None and (evaluator.ranks is None or evaluator.ranks.rank == 0):
-        write_figures(root, figures)
-    return figures
-
-
-def write_figures(folder: Path, figures: Figures) -> None:
-    """Writes ``eval.json``. UserError where it cannot be written."""
+    if len(load) < len(places):
+        return None, []
+    done, close = progress(evaluator, 1, "all at once")
     try:
-        (folder / EVAL).write_text(json.dumps(figures, indent=1) + "\n")
+        return evaluator.evaluate_together(load, done), []
+    except NonFiniteError:
+        return None, ["all SAEs at once: some activations are NaN or infinite, so there are no figures"]
+    except UserError as error:
+        return None, [f"all SAEs at once: {error}"]
+    finally:
+        close()
+
+
+def progress(evaluator: Evaluator, times: int, what: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What the main process calls after each batch, all of which it forwards several ``times``; and at the end."""
+    if not evaluator.is_main:
+        return lambda: None, lambda: None
+    bar = progress_bar(times * len(evaluator.own), what, "batch", unit_scale=False)
+    return bar.update, bar.close
+
+
+def write_figures(folder: Path, figures: Figures | None) -> None:
+    """Writes ``eval.json``, or removes that of before. UserError where it cannot be written."""
+    try:
+        if figures is None:
+            (folder / EVAL).unlink(missing_ok=True)
+        else:
+            (folder / EVAL).write_text(json.dumps(figures, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{folder / EVAL} cannot be written: {error.strerror}") from error
 

@@ -3,9 +3,9 @@
 All ranks take part. Of P copies of the language model, copy p takes every P-th batch of the text. For each of them
 
 1. the copy's ranks forward it and send its kept rows to the SAE ranks of every group, cut evenly over these;
-2. tp ranks join the rows of their dp rank, reconstruct them with every SAE of the group, add to the sums from which the
-   figures follow, and send the reconstructions back;
-3. the copy's ranks forward it again with each SAE's reconstruction in its place, and sum what the model loses.
+2. for one SAE after the other, the tp ranks of its group join the rows of their dp rank, reconstruct them, add to the
+   sums from which the figures follow, and send the reconstruction back;
+3. the copy's ranks forward it again with that reconstruction in its place, and sum what the model loses.
 
 At last rank 0 puts the figures together. Nothing that trains is touched: what is fitted for a release is put back.
 
@@ -35,7 +35,7 @@ from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.source import ActivationSource
 from scale_sae.collectives import NonFiniteError
 from scale_sae.config import EvaluationConfig
-from scale_sae.held_out import Batch, Clean, HeldOutModel, Losses, instead, loss_figures, loss_sums, total
+from scale_sae.held_out import Batch, Clean, HeldOutModel, Losses, WithoutSAE, instead
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import JobSpec
 from scale_sae.reconstruction import ROWS_PER_PART, Figures, Sums, usable
@@ -99,6 +99,11 @@ class JobEvaluation:
         self.fails = bool(job.frozen)
         self._unless_it_fails(job.fit_for_release)
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose activations may be dense at once, within ``topology.pre_activation_mib``: some copies exist."""
+        return min(ROWS_PER_PART, max(1, self.job.sae.block_rows(self.job.sae.n_local) // 4))
+
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
         """The reconstruction of this dp rank's rows ``x [n, d_in]`` with the targets ``y``, in these' dtype; counted.
@@ -137,6 +142,19 @@ class JobEvaluation:
             self.fails = True
 
 
+@dataclass(frozen=True)
+class Share:
+    """What an SAE rank has of a batch, in CPU memory, by hookpoint.
+
+    Attributes:
+        rows: its own part, ``[n, width]``.
+        counts: bool ``[tp · n]``, which rows count of those of all its tp ranks.
+    """
+
+    rows: dict[str, Tensor]
+    counts: dict[str, Tensor]
+
+
 class SAESide:
     """What an SAE rank does in evaluations."""
 
@@ -161,46 +179,49 @@ class SAESide:
         self.dtype = dtype
         self.dp_rank = self.group.ranks.index(place.rank) // self.group.tp
 
-    def reconstruct(self, saes: Mapping[int, JobEvaluation], numbers: range) -> None:
-        """Reconstructs the rows of a round's batches, one from each copy of the model, and sends them back."""
+    def receive(self, numbers: range) -> list[Share]:
+        """Waits for this rank's rows of a round's batches, one from each copy of the model."""
         arriving = [self._expect(copy, number) for copy, number in enumerate(numbers)]
-        for copy, take in enumerate(arriving):
-            rows, masks = take()
-            for index, sae in saes.items():
-                source, target = self.specs[index].hookpoint, self.specs[index].target
-                mask = masks[source] & masks[target]
-                x = rows[source][mask]
-                y = x if source == target else rows[target][mask]
-                out = torch.zeros_like(rows[target])
-                out[mask] = sae.reconstruct(x, y, math.ceil(len(mask) / ROWS_PER_PART))
-                share = len(out) // self.group.tp
-                part = out[self.place.shard.rank * share :][:share]
-                self.mail.send(part, self.place.plan.lm[copy][0])
+        return [take() for take in arriving]
 
-    def _expect(self, copy: int, number: int) -> Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Begins to receive a batch's rows; what it returns waits for this dp rank's: rows and which count, by name."""
-        group, device = self.group, self.place.device
+    def _expect(self, copy: int, number: int) -> Callable[[], Share]:
+        group = self.group
         share = rows_per_rank(self.data[number], group)
         sender = self.place.plan.sender(copy, group, self.place.rank)
         take_counts = self.mail.expect((len(group.hookpoints), share * len(group.ranks)), torch.uint8, sender)
         parts = {name: self.mail.expect((share, self.widths[name]), self.dtype, sender) for name in group.hookpoints}
 
-        def take() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        def take() -> Share:
             own = slice(self.dp_rank * group.tp * share, (self.dp_rank + 1) * group.tp * share)
-            counts = take_counts()[:, own].to(device).bool()
-            gather = self.place.shard.all_gather
-            rows = {name: gather(part().to(device)).flatten(0, 1) for name, part in parts.items()}
-            return rows, dict(zip(group.hookpoints, counts, strict=True))
+            counts = take_counts()[:, own].bool()
+            return Share(
+                {name: part() for name, part in parts.items()}, dict(zip(group.hookpoints, counts, strict=True))
+            )
 
         return take
+
+    def reconstruct(self, index: int, sae: JobEvaluation, shares: Sequence[Share]) -> None:
+        """Reconstructs a round's rows with one SAE, and sends each copy of the model its batch's."""
+        source, target = self.specs[index].hookpoint, self.specs[index].target
+        for copy, share in enumerate(shares):
+            mask = (share.counts[source] & share.counts[target]).to(self.place.device)
+            out = self._joined(share.rows[target])
+            y = out[mask]
+            x = y if source == target else self._joined(share.rows[source])[mask]
+            out[mask] = sae.reconstruct(x, y, math.ceil(len(mask) / sae.rows_at_once))
+            n = len(share.rows[target])
+            self.mail.send(out[self.place.shard.rank * n :][:n], self.place.plan.lm[copy][0])
+
+    def _joined(self, rows: Tensor) -> Tensor:
+        """The rows of this dp rank, of which each of its tp ranks has ``rows``; a tensor of its own."""
+        return self.place.shard.all_gather(rows.to(self.place.device)).flatten(0, 1)
 
 
 class LMSide:
     """What a rank that runs the language model does in evaluations.
 
     Attributes:
-        clean: summed cross-entropy of the model as it is, by batch.
-        ablated: the losses with zeros in the place of a target, by target and batch.
+        without_sae: what its copy of the model loses on the batches that are this copy's.
     """
 
     def __init__(
@@ -216,20 +237,17 @@ class LMSide:
         self.mail = mail
         self.model = HeldOutModel(source)
         self.hookpoints = list(dict.fromkeys(name for spec in specs for name in (spec.hookpoint, spec.target)))
-        self.clean: dict[int, float] = {}
-        self.ablated: dict[tuple[str, int], Losses] = {}
+        self.without_sae = WithoutSAE(data)
 
     def prepare(self) -> None:
         """Finds what does not change while SAEs train; and whether a forward with all logits fits at all."""
         if not self.model.predicts:
             return
         for number in range(self.replica, len(self.data), len(self.place.plan.lm)):
-            batch = self.data[number]
-            logits = self.model.clean(batch, []).logits
+            logits = self.model.clean(self.data[number], []).logits
             assert logits is not None
-            self.clean[number] = loss_sums(logits, batch.tokens, logits).ce
             for target in dict.fromkeys(spec.target for spec in self.specs):
-                self.ablated[target, number] = self.model.losses(batch, logits, {target: torch.zeros_like})
+                self.without_sae.find(self.model, number, logits, (target,))
 
     def forward(self, number: int) -> tuple[Clean, dict[str, Tensor]]:
         """The clean forward of a batch, whose rows go to the SAE ranks; and which rows count, by hookpoint."""
@@ -252,21 +270,15 @@ class LMSide:
                 for whole in padded:
                     self.mail.send(whole[place * share : (place + 1) * share], rank)
 
-    def losses(
-        self, number: int, clean: Clean, masks: Mapping[str, Tensor], active: Sequence[int]
-    ) -> dict[int, Losses]:
-        """What the model loses with each SAE's reconstruction, where that can take its target's place."""
-        found = {}
-        for index in active:
-            spec, batch = self.specs[index], self.data[number]
-            rows = clean.rows[spec.target]
-            y_hat = self._receive(index, batch, rows)
-            if clean.logits is None or not clean.reaches(spec.hookpoint, before=spec.target):
-                continue
-            mask = (masks[spec.hookpoint] & masks[spec.target])[:, None]
-            new = torch.where(mask, y_hat, rows)
-            found[index] = self.model.losses(batch, clean.logits, {spec.target: instead(new)})
-        return found
+    def losses(self, number: int, clean: Clean, masks: Mapping[str, Tensor], index: int) -> Losses | None:
+        """What the model loses with an SAE's reconstruction; None where that cannot take its target's place."""
+        spec, batch = self.specs[index], self.data[number]
+        rows = clean.rows[spec.target]
+        y_hat = self._receive(index, batch, rows)
+        if clean.logits is None or not clean.reaches(spec.hookpoint, before=spec.target):
+            return None
+        mask = (masks[spec.hookpoint] & masks[spec.target])[:, None]
+        return self.model.losses(batch, clean.logits, {spec.target: instead(torch.where(mask, y_hat, rows))})
 
     def _receive(self, index: int, batch: Batch, like: Tensor) -> Tensor:
         """The reconstruction by an SAE of a batch's rows, on every rank of this copy of the model."""
@@ -288,12 +300,11 @@ def rows_per_rank(batch: Batch, group: Group) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank knows at the end of an evaluation: by SAE, and by batch what the model lost."""
+    """What one rank knows at the end of an evaluation: by SAE, and what the model lost by batch."""
 
     figures: dict[int, Figures | None]
-    with_sae: dict[tuple[int, int], Losses]
-    ablated: dict[tuple[str, int], Losses]
-    clean: dict[int, float]
+    with_sae: dict[int, dict[int, Losses]]
+    without_sae: dict[tuple[tuple[str, ...], int], Losses]
 
 
 class Evaluation:
@@ -412,26 +423,39 @@ class Evaluation:
         everywhere: list[Any] = [None] * self.place.plan.world_size
         dist.all_gather_object(everywhere, list(sound), group=self.place.evaluation)
         active = sorted({index for indices in everywhere for index in indices})
-        with_sae: dict[tuple[int, int], Losses] = {}
+        with_sae: dict[int, dict[int, Losses]] = {index: {} for index in active}
         copies = len(self.place.plan.lm)
         for first in range(0, len(self.data), copies):
-            numbers = range(first, min(first + copies, len(self.data)))
-            forwarded = None
-            if self.lm is not None and first + self.lm.replica in numbers:
-                forwarded = self.lm.forward(first + self.lm.replica)
-            if self.sae is not None:
-                self.sae.reconstruct(sound, numbers)
-            if self.lm is not None and forwarded is not None:
-                number = first + self.lm.replica
-                losses = self.lm.losses(number, *forwarded, active)
-                with_sae |= {(index, number): lost for index, lost in losses.items()}
-            self.mail.wait()
+            self._round(range(first, min(first + copies, len(self.data))), sound, with_sae)
         figures = {index: sae.figures() for index, sae in saes.items()}
         if self.sae is not None and self.place.rank != self.sae.group.ranks[0]:
             figures = {}
         if self.lm is not None and self.place.rank == self.lm.ranks[0]:
-            return self._gather(Part(figures, with_sae, self.lm.ablated, self.lm.clean))
-        return self._gather(Part(figures, {}, {}, {}))
+            return self._gather(Part(figures, with_sae, self.lm.without_sae.losses))
+        return self._gather(Part(figures, {}, {}))
+
+    def _round(
+        self, numbers: range, sound: Mapping[int, JobEvaluation], with_sae: Mapping[int, dict[int, Losses]]
+    ) -> None:
+        """Evaluates on a batch for each copy of the model, with one SAE after the other.
+
+        Every rank comes to the SAEs in the same order, and goes on when what it sent for one has left: so it holds
+        the reconstruction of one SAE at a time, and none waits for what is sent later.
+        """
+        number, forwarded = 0, None
+        if self.lm is not None and numbers.start + self.lm.replica in numbers:
+            number = numbers.start + self.lm.replica
+            forwarded = self.lm.forward(number)
+        shares = [] if self.sae is None else self.sae.receive(numbers)
+        self.mail.wait()
+        for index, lost in with_sae.items():
+            if self.sae is not None and index in sound:
+                self.sae.reconstruct(index, sound[index], shares)
+            if self.lm is not None and forwarded is not None:
+                losses = self.lm.losses(number, *forwarded, index)
+                if losses is not None:
+                    lost[number] = losses
+            self.mail.wait()
 
     def _gather(self, mine: Part) -> dict[int, Figures]:
         """All figures of each SAE on rank 0, in the order of the config; sums over batches in the order of these."""
@@ -440,17 +464,13 @@ class Evaluation:
         dist.gather_object(mine, parts, group=self.place.evaluation, group_dst=0)
         if parts is None:
             return {}
-        numbers = range(len(self.data))
+        without_sae = WithoutSAE(self.data)
+        for part in parts:
+            without_sae.losses |= part.without_sae
         figures = {index: of for part in parts for index, of in part.figures.items() if of is not None}
-        with_sae = {key: lost for part in parts for key, lost in part.with_sae.items()}
-        ablated = {key: lost for part in parts for key, lost in part.ablated.items()}
-        clean = {number: ce for part in parts for number, ce in part.clean.items()}
         for index in figures:
-            if (index, 0) not in with_sae:
-                continue
-            lost = total([with_sae[index, number] for number in numbers])
-            zeroed = total([ablated[self.specs[index].target, number] for number in numbers])
-            figures[index] |= loss_figures(self.data, sum(clean[number] for number in numbers), lost, zeroed)
+            lost = {number: of for part in parts for number, of in part.with_sae.get(index, {}).items()}
+            figures[index] |= without_sae.figures((self.specs[index].target,), lost)
         return dict(sorted(figures.items()))
 
 

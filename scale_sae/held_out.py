@@ -21,6 +21,8 @@ from scale_sae.errors import UserError
 # Contexts of a batch: many, but with few positions in all, since logits have a value for every word at each of them.
 CONTEXTS_PER_BATCH = 16
 POSITIONS_PER_BATCH = 8192
+# As many logits become wide probabilities at once, a few copies of them: 256 MiB each in float32.
+LOGITS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,18 @@ class Batch:
 def batches(config: RunConfig, tokens: int) -> list[Batch]:
     """The first ``tokens`` held-out tokens in whole contexts, or all of them if there are fewer.
 
-    ``UserError`` if there is not one whole context.
+    A context of an image model is one image; its positions are counted. ``UserError`` if there is not one whole
+    context.
     """
-    size = config.data.context_size
-    contexts = list(islice(held_out_contexts(config.data, config.model), max(1, tokens // size)))
-    if not contexts:
+    found = held_out_contexts(config.data, config.model)
+    first = next(found, None)
+    if first is None:
         raise UserError(
             f"data.eval_fraction: {config.data.eval_fraction} of {config.data.dataset} holds no whole context of "
-            f"{size} tokens; use a larger eval_fraction"
+            f"{config.data.context_size} tokens; use a larger eval_fraction"
         )
+    size = len(first[1])
+    contexts = [first, *islice(found, max(1, tokens // size) - 1)]
     n = max(1, min(CONTEXTS_PER_BATCH, POSITIONS_PER_BATCH // size))
     parts = (contexts[start : start + n] for start in range(0, len(contexts), n))
     return [Batch(torch.stack([t for t, _ in part]), torch.stack([keep for _, keep in part])) for part in parts]
@@ -169,25 +174,60 @@ class HeldOutModel:
 def loss_sums(logits: Tensor, tokens: Tensor, clean: Tensor) -> Losses:
     """The losses of ``logits [n, context, vocabulary]`` whose clean forward gave ``clean``.
 
-    In float32 at least, a context at a time: all of a batch would take some GiB with a large vocabulary.
+    In float32 at least, for `LOGITS_AT_ONCE` of them at a time: all of a batch would take tens of GiB with a large
+    vocabulary.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
+    n = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     ce = kl = torch.zeros((), dtype=torch.float64, device=logits.device)
     for changed, before, ids in zip(logits, clean, tokens.to(logits.device), strict=True):
-        log_p, log_q = before.to(wide).log_softmax(-1), changed.to(wide).log_softmax(-1)
-        ce = ce - log_q[:-1].gather(1, ids[1:, None]).sum(dtype=torch.float64)
-        p = log_p.exp()
-        # A word that the model rules out, by a logit of -inf, adds nothing.
-        kl = kl + torch.where(p > 0, p * (log_p - log_q), 0).sum(dtype=torch.float64)
+        for at in range(0, len(ids), n):
+            log_q = changed[at : at + n].to(wide).log_softmax(-1)
+            following = ids[at + 1 : at + n + 1]
+            ce = ce - log_q[: len(following)].gather(1, following[:, None]).sum(dtype=torch.float64)
+            log_p = before[at : at + n].to(wide).log_softmax(-1)
+            p = log_p.exp()
+            # A word that the model rules out, by a logit of -inf, adds nothing.
+            kl = kl + log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0).sum(dtype=torch.float64)
     return Losses(float(ce), float(kl))
 
 
-def loss_figures(data: Sequence[Batch], clean: float, with_sae: Losses, ablated: Losses) -> dict[str, dict[str, float]]:
+class WithoutSAE:
+    """What a model loses on ``data`` as it is, and with zeros in the place of activations: each is found once.
+
+    Attributes:
+        losses: by the hookpoints that are zero, none of them for the model as it is, and the number of the batch.
+    """
+
+    def __init__(self, data: Sequence[Batch]):
+        self.data = data
+        self.losses: dict[tuple[tuple[str, ...], int], Losses] = {}
+
+    def find(self, model: HeldOutModel, number: int, logits: Tensor, targets: tuple[str, ...]) -> None:
+        """Finds what is new of a batch whose clean forward gave ``logits``, for SAEs at ``targets``."""
+        batch = self.data[number]
+        if ((), number) not in self.losses:
+            self.losses[(), number] = loss_sums(logits, batch.tokens, logits)
+        if (targets, number) not in self.losses:
+            self.losses[targets, number] = model.losses(batch, logits, dict.fromkeys(targets, torch.zeros_like))
+
+    def figures(self, targets: tuple[str, ...], with_sae: Mapping[int, Losses]) -> dict[str, dict[str, float]]:
+        """The figures of SAEs at ``targets`` with which each batch lost as much; none where nothing was lost."""
+        if not with_sae:  # a model that predicts no tokens
+            return {}
+        numbers = range(len(self.data))
+        clean, ablated = (total([self.losses[places, number] for number in numbers]) for places in ((), targets))
+        return loss_figures(self.data, clean, total([with_sae[number] for number in numbers]), ablated)
+
+
+def loss_figures(
+    data: Sequence[Batch], clean: Losses, with_sae: Losses, ablated: Losses
+) -> dict[str, dict[str, float]]:
     """SAELens's figures of what the model loses, from sums over all of ``data``; nothing if no token is predicted."""
     predictions, positions = sum(b.predictions for b in data), sum(b.positions for b in data)
     if not predictions:
         return {}
-    without, ce, ce_ablated = clean / predictions, with_sae.ce / predictions, ablated.ce / predictions
+    without, ce, ce_ablated = (losses.ce / predictions for losses in (clean, with_sae, ablated))
     kl, kl_ablated = with_sae.kl / positions, ablated.kl / positions
     return {
         "model_performance_preservation": {

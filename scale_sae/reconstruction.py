@@ -1,5 +1,6 @@
 """How well and how sparsely an SAE reconstructs: sums over rows of activations, and the figures from them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from scale_sae.saes.inference import SAE
 from scale_sae.trainer import usable_rows
 
 ROWS_PER_PART = 1024
+# Activations that are dense at once, a few copies of them: 256 MiB each in float32.
+DENSE_AT_ONCE = 2**26
 # A latent that fires on more than this share of the rows is dense.
 DENSE = 0.1
 # Below this norm of a row SAELens takes 1 for it, in the ratio of norms.
@@ -40,6 +43,7 @@ class Sums:
         """``components``: with how many principal components of the targets to compare, or 0."""
         self.shard = shard or Shard()
         self.components = components
+        self.device = device
         wide = torch.float64
         self.rows = torch.zeros((), dtype=torch.int64, device=device)
         self.sum = torch.zeros(d_out, dtype=wide, device=device)
@@ -80,8 +84,8 @@ class Sums:
     def over(self, ranks: Ranks, device: torch.device) -> None:
         """Sums over ranks that counted different rows; ``device`` is one that their group carries tensors of."""
         for name in ("rows", "sum", "outer", "fired", "totals", "l1"):
-            setattr(self, name, ranks.all_reduce(getattr(self, name).to(device)))
-        self.l0_max = ranks.all_reduce(self.l0_max.to(device), "max")
+            setattr(self, name, ranks.all_reduce(getattr(self, name).to(device)).to(self.device))
+        self.l0_max = ranks.all_reduce(self.l0_max.to(device), "max").to(self.device)
 
     def pca_fvu(self) -> float:
         """Variance that the first ``components`` principal components of these very rows leave unexplained."""
@@ -89,10 +93,11 @@ class Sums:
         variances = torch.linalg.eigvalsh(self.outer / self.rows - torch.outer(mean, mean)).clamp(min=0)
         return float(variances[: len(variances) - self.components].sum() / variances.sum())
 
-    def figures(self) -> Figures:
+    def figures(self, pca: bool = True) -> Figures:
         """SAELens's metrics, formulas and names (6.54, ``evals``), and a few of our own. All shards call it together.
 
-        A transcoder is compared with its target. NonFiniteError, on all shards, where the SAE gave NaN or infinite
+        ``pca``: whether with those of principal components, which take long where there are many dimensions. A
+        transcoder is compared with its target. NonFiniteError, on all shards, where the SAE gave NaN or infinite
         values; there must be rows.
         """
         rows = int(self.rows)
@@ -130,7 +135,7 @@ class Sums:
                 "total_tokens_eval_sparsity_variance": float(rows),
             },
         }
-        if self.components:
+        if self.components and pca:
             figures["reconstruction_quality"]["pca_fvu"] = self.pca_fvu()
         return figures
 
@@ -146,21 +151,29 @@ class Reconstruction:
         self.sums = Sums(sae.d_out, sae.cfg.d_sae, sae.device, components=components)
 
     def add(self, x: Tensor, y: Tensor, counts: bool = True) -> Tensor:
-        """The reconstruction of the rows ``x [n, d_in]`` with targets ``y [n, d_out]``, in the place of these.
+        """As `reconstructed`. ``counts``: whether the rows that do not stay as they are go into the sums."""
+        return reconstructed(self.sae, x, y, self.sums.add if counts else _ignore)
 
-        Rows that training leaves out (not finite, or far above the usual norm, in ``x`` or ``y``) stay as they are.
-        For all but transcoders ``x`` is ``y``. ``counts``: whether the others go into the sums.
-        """
-        mask = usable(x) if x is y else usable(x, y)
-        out = y.clone()
-        # In parts: the dense activations of a wide SAE are large.
-        parts = zip(x[mask].split(ROWS_PER_PART), y[mask].split(ROWS_PER_PART), strict=True)
-        out[mask] = torch.cat([self._add(*part, counts) for part in parts]).to(y.dtype)
-        return out
 
-    def _add(self, x: Tensor, y: Tensor, counts: bool) -> Tensor:
-        acts = self.sae.encode(x)
-        y_hat = self.sae.add_skip(self.sae.decode(acts), x)
-        if counts:
-            self.sums.add(y, y_hat, acts)
-        return y_hat
+def _ignore(y: Tensor, y_hat: Tensor, acts: Tensor) -> None:
+    pass
+
+
+def reconstructed(sae: SAE, x: Tensor, y: Tensor, see: Callable[[Tensor, Tensor, Tensor], None] = _ignore) -> Tensor:
+    """The reconstruction of the rows ``x [n, d_in]`` with targets ``y [n, d_out]``, in the place of these.
+
+    Rows that training leaves out (not finite, or far above the usual norm, in ``x`` or ``y``) stay as they are.
+    For all but transcoders ``x`` is ``y``. ``see`` is called with the others: as `Sums.add` is.
+    """
+    mask = usable(x) if x is y else usable(x, y)
+    out = y.clone()
+    # In parts: the dense activations of a wide SAE are large.
+    rows = max(1, min(ROWS_PER_PART, DENSE_AT_ONCE // sae.cfg.d_sae))
+    found = []
+    for some, targets in zip(x[mask].split(rows), y[mask].split(rows), strict=True):
+        acts = sae.encode(some)
+        y_hat = sae.add_skip(sae.decode(acts), some)
+        see(targets, y_hat, acts)
+        found.append(y_hat.to(y.dtype))
+    out[mask] = torch.cat(found)
+    return out

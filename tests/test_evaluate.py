@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import runs
-from scale_sae import evaluate
+from scale_sae import evaluate, held_out, reconstruction
 from scale_sae.activations.source import ActivationSource, inspect_model
 from scale_sae.config import ModelConfig, from_dict, to_dict
 from scale_sae.consolidate import consolidate
 from scale_sae.embedded import MODEL_FOLDER
 from scale_sae.errors import UserError
-from scale_sae.held_out import Batch, HeldOutModel
-from scale_sae.reconstruction import Reconstruction
+from scale_sae.held_out import Batch, HeldOutModel, batches
+from scale_sae.reconstruction import Reconstruction, Sums
 from scale_sae.saes.inference import SAE
 from scale_sae.saes.released import TopKSAE, TopKSAEConfig, Transcoder, TranscoderConfig
 from scale_sae.session import run_command
@@ -192,10 +195,61 @@ def test_one_broken_sae_does_not_hide_the_others(
     broken["W_enc"][0, 0] = torch.inf
     write_sae(tmp_path / "release/broken", run_config, broken, architecture, **fields)
     write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    stale = [tmp_path / "release/broken/eval.json", tmp_path / "release/eval.json"]
+    for path in stale:
+        path.write_text("{}")
     with pytest.raises(UserError, match=r"^broken: some activations are NaN"):
         evaluate.run(tmp_path / "release", (), None, 512, {})
     assert "\nexact " in capsys.readouterr().out
-    assert not (tmp_path / "release/broken/eval.json").exists()
+    assert not any(path.exists() for path in stale)
+
+
+def test_saes_that_break_together_have_their_own_figures(
+    tmp_path: Path, run_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the first one gives is finite, and so are the products of the second one, but not those of both."""
+    one, two = identity_sae(), identity_sae()
+    one["W_dec"] *= 1e15
+    two["W_enc"] *= 1e30
+    two["W_dec"] *= 1e-30
+    write_sae(tmp_path / "release/one", run_config, one, k=D_IN, hooks=("model.layers.0",))
+    write_sae(tmp_path / "release/two", run_config, two, k=D_IN, hooks=("model.layers.1",))
+    with pytest.raises(UserError, match=r"^all SAEs at once: some activations are NaN"):
+        evaluate.run(tmp_path / "release", (), None, 64, {})
+    assert "\ntwo " in capsys.readouterr().out
+    assert {path.parent.name for path in (tmp_path / "release").rglob("eval.json")} == {"one", "two"}
+
+
+def test_saes_of_one_model_and_text_share_them(
+    tmp_path: Path, run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else their runs' configs say; and no second model is there before the first one is gone."""
+    release = tmp_path / "release"
+    other = {**run_config, "train": {**run_config["train"], "lr": 0.5}, "output_dir": "elsewhere"}
+    third = {**run_config, "data": {**run_config["data"], "eval_fraction": 0.2}}
+    for name, run in (("a", run_config), ("b", other), ("c", third)):
+        write_sae(release / name, run, identity_sae(), k=D_IN)
+    opened: list[weakref.ref[ActivationSource]] = []
+    original = evaluate.open_model
+
+    def open_model(*args: Any) -> ActivationSource:
+        assert not any(source() for source in opened)
+        source = original(*args)
+        opened.append(weakref.ref(source))
+        return source
+
+    monkeypatch.setattr(evaluate, "open_model", open_model)
+    evaluate.run(release, (), None, 64, {})
+    assert len(opened) == 2 and len(list(release.rglob("eval.json"))) == 3
+
+
+def test_tokens_of_an_image_model_are_its_positions(
+    run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 17 positions each: 16 patches and the class's, whatever data.context_size is.
+    images = [(torch.zeros(3, 16, 16), torch.ones(17, dtype=torch.bool))] * 100
+    monkeypatch.setattr(held_out, "held_out_contexts", lambda *_: iter(images))
+    assert [batch.positions for batch in batches(from_dict(run_config), 17 * 18 + 3)] == [16 * 17, 2 * 17]
 
 
 def test_a_broken_model_gives_one_line(tmp_path: Path, run_config: dict[str, Any]) -> None:
@@ -215,23 +269,29 @@ def test_a_broken_model_gives_one_line(tmp_path: Path, run_config: dict[str, Any
 class Doubling(TopKSAE):
     """An SAE that gives every row twice."""
 
+    most = 0  # rows at once
+
     def __init__(self) -> None:
         super().__init__(TopKSAEConfig(d_in=4, d_sae=8, k=2))
 
     def encode(self, x: Tensor) -> Tensor:
+        self.most = max(self.most, len(x))
         return torch.cat([x, x], 1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         return 2 * feature_acts[:, :4]
 
 
-def test_unusable_rows_pass_through() -> None:
+@pytest.mark.parametrize(("dense", "most"), [(2**26, 1024), (8 * 100 + 3, 100)])
+def test_unusable_rows_pass_through(dense: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "DENSE_AT_ONCE", dense)
     rows = torch.linspace(1, 2, 3000)[:, None].repeat(1, 4)  # more than go through an SAE at once
     rows[3] = torch.nan
     rows[2007] = 1e4
-    sums = Reconstruction(Doubling())
+    sae = Doubling()
+    sums = Reconstruction(sae)
     out = sums.add(rows, rows)
-    assert sums.sums.rows == 2998
+    assert sums.sums.rows == 2998 and sae.most == most
     usable = [row for row in range(3000) if row not in (3, 2007)]
     assert torch.equal(out[usable], 2 * rows[usable])
     assert out[3].isnan().all() and torch.equal(out[2007], rows[2007])
@@ -547,7 +607,16 @@ def some_of(release: Path, folder: Path, *names: str) -> Path:
         (4, {"topology.lm.tp": 2, "topology.lm.dp": 2}),
     ],
 )
-def test_several_ranks_find_the_same(world: int, options: dict[str, Any], release: Path, tmp_path: Path) -> None:
+def test_several_ranks_find_the_same(
+    world: int, options: dict[str, Any], release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = Sums.pca_fvu
+
+    def on_the_main_rank(self: Sums) -> float:
+        assert os.environ.get("RANK", "0") == "0"
+        return components(self)
+
+    monkeypatch.setattr(Sums, "pca_fvu", on_the_main_rank)
     some = some_of(release, tmp_path / "release", "topk", "skip")
     evaluate.run(some, (), None, TOKENS, {})
     alone = figures_in(some)
@@ -561,10 +630,26 @@ def test_several_ranks_find_the_same(world: int, options: dict[str, Any], releas
 
 
 def test_all_saes_at_once_against_direct_computation(
-    release: Path, direct: Direct, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    release: Path,
+    direct: Direct,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     some = some_of(release, tmp_path / "release", "topk", "skip")
+    loaded: list[str] = []
+    load = SAE.load_from_disk
+
+    def counted(folder: Path, *args: Any) -> SAE:
+        loaded.append(folder.name)
+        return load(folder, *args)
+
+    monkeypatch.setattr(SAE, "load_from_disk", counted)
+    bytes_of_topk = sum(tensor.nbytes for tensor in load(folder_of(some, "topk")).state_dict().values())
+    monkeypatch.setattr(evaluate, "SAE_BYTES", bytes_of_topk)
     evaluate.run(some, (), None, TOKENS, {})
+    # Once for its own figures; then one that is kept, and one that is read for each of two batches.
+    assert sorted(loaded) == ["skip"] * 3 + ["topk"] * 2
     figures = json.loads((some / "eval.json").read_text())["model_performance_preservation"]
     assert f"all at once: CE with SAEs {figures['ce_loss_with_sae']:.4f}, CE score" in capsys.readouterr().out
     saes = {name: SAE.load_from_disk(folder_of(some, name)) for name in ("topk", "skip")}
@@ -592,6 +677,29 @@ def test_all_saes_at_once_against_direct_computation(
     each = [json.loads((folder_of(some, name) / "eval.json").read_text()) for name in saes]
     alone = [one["model_performance_preservation"]["ce_loss_with_sae"] for one in each]
     assert all(abs(figures["ce_loss_with_sae"] - one) > 1e-4 for one in alone)
+
+
+def test_a_rank_that_is_asked_to_stop_ends(
+    tmp_path: Path, run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sae(tmp_path / "release/exact", run_config, identity_sae(), k=D_IN)
+    monkeypatch.setattr(evaluate, "open_evaluator", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    class Ended(BaseException):
+        """What SIGTERM does in this test's ranks, in place of ending them at once."""
+
+    def end(*_: Any) -> None:
+        raise Ended
+
+    def worker(rank: int, world: int) -> bool:
+        signal.signal(signal.SIGTERM, end)
+        try:
+            run_command(lambda session: evaluate.run(tmp_path / "release", (), None, 64, {}, session=session))
+        except Ended:
+            return True
+        return False
+
+    assert runs.run_ranks(1, worker, init=False) == [True]
 
 
 def test_two_saes_at_one_place_have_no_joint_figure(release: Path) -> None:
@@ -634,8 +742,8 @@ def test_a_topology_that_does_not_fit(
     [
         ("cfg.json", "{", "cfg.json: is not JSON"),
         ("cfg.json", "[]", "must hold an object"),
-        ("runner_cfg.json", "{", "runner_cfg.json: is not JSON"),
-        ("runner_cfg.json", "[]", "runner_cfg.json: must hold an object"),
+        ("runner_cfg.json", "{", "runner_cfg.json: is no JSON object"),
+        ("runner_cfg.json", "[]", "runner_cfg.json: is no JSON object"),
         ("runner_cfg.json", "{}", "runner_cfg.json: "),
         ("sae_weights.safetensors", "no tensors", "sae_weights.safetensors"),
     ],

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
-from scale_sae import cache_activations, checkpoint, evaluate, train, trainer
+from scale_sae import cache_activations, checkpoint, evaluate, held_out, train, trainer
 from scale_sae.collectives import Shard
 from scale_sae.config import from_dict, load
 from scale_sae.consolidate import consolidate
-from scale_sae.evaluation import Evaluation, JobEvaluation
+from scale_sae.evaluation import Evaluation, JobEvaluation, Mail
 from scale_sae.held_out import loss_sums
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.jobs import resolve
@@ -132,9 +133,41 @@ def test_every_sae_is_evaluated_at_every_interval_and_at_the_last_step(reference
     assert trained & set(found[0]) == {"step", "tokens", "sae_id"}
 
 
+def few_rows_at_once(patched: pytest.MonkeyPatch, rows: int = 100) -> None:
+    """Evaluations may make a few copies of the dense activations of as many rows, and must not make more."""
+    begin, release = JobEvaluation.__init__, JobTrainer.as_released
+
+    def init(self: JobEvaluation, job: JobTrainer) -> None:
+        job.sae.pre_activation_bytes = 4 * rows * job.sae.n_local * job.sae.dtype.itemsize
+        begin(self, job)
+
+    def as_released(self: JobTrainer, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert len(x) <= rows
+        return release(self, x)
+
+    patched.setattr(JobEvaluation, "__init__", init)
+    patched.setattr(JobTrainer, "as_released", as_released)
+
+
+def one_sae_at_a_time(patched: pytest.MonkeyPatch, sae_ranks: int) -> None:
+    """SAE ranks hold what they send of one SAE: a message for each of two copies of the model, at most."""
+    send = Mail.send
+
+    def checked(self: Mail, tensor: Tensor, to: int) -> None:
+        send(self, tensor, to)
+        assert self.rank >= sae_ranks or len(self.sent) <= 2
+
+    patched.setattr(Mail, "send", checked)
+
+
 @pytest.mark.parametrize("name", [*TOPOLOGIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_figures_are_the_same_in_every_topology(name: str, reference: Path, tmp_path: Path) -> None:
+def test_figures_are_the_same_in_every_topology(
+    name: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     topology, world = (TOPOLOGIES | SLOW)[name]
+    few_rows_at_once(monkeypatch)
+    if "colocated" not in name:
+        one_sae_at_a_time(monkeypatch, sae_ranks=world - math.prod(topology["lm"].values()))
     run_dir = run(tmp_path, world, topology=topology)
     worst = difference(evaluations(run_dir), evaluations(reference))
     print(f"{name}: largest difference of any figure {worst:.1e}")
@@ -350,11 +383,31 @@ def test_a_run_without_held_out_text_says_so_before_it_trains(
 # ---- formulas --------------------------------------------------------------------------------------------------------
 
 
-def test_losses_equal_their_formulas() -> None:
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation under it makes, other than by a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result._is_view():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+# Of 11 words: all positions at once, three, and one where not even that many fit.
+@pytest.mark.parametrize(("at_once", "largest"), [(2**26, 77), (35, 33), (10, 11)])
+def test_losses_equal_their_formulas(at_once: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "LOGITS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     clean, changed = torch.randn(2, 3, 7, 11, generator=generator, dtype=torch.float64)
     tokens = torch.randint(0, 11, (3, 7), generator=generator)
-    found = loss_sums(changed, tokens, clean)
+    with _Largest() as made:
+        found = loss_sums(changed, tokens, clean)
+    # The token ids are copied too: 21.
+    assert made.elements <= max(largest, 21)
 
     def entropy(logits: Tensor) -> float:
         total = 0.0
