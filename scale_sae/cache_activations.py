@@ -8,9 +8,7 @@ any number of ranks, and adds rows to a finished cache where ``train.training_to
 """
 
 import inspect
-import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,23 +25,25 @@ from scale_sae.activations.cache import (
     CONTENTS,
     INDEX,
     Cache,
-    Shard,
+    ShardEntry,
     ShardWriter,
     contents,
     read_cursor,
+    read_entry,
+    read_index,
     read_json,
     shard_path,
-    write_json,
 )
 from scale_sae.activations.schedule import schedule
 from scale_sae.activations.source import ActivationSource, kept_positions
 from scale_sae.activations.tokens import Chunk, open_chunks
 from scale_sae.activations.transport import DIFFERENT_TEXT, kept_rows
+from scale_sae.checkpoint import write_json
 from scale_sae.config import LMTopology, RunConfig, differences
 from scale_sae.errors import UserError
 from scale_sae.jobs import resolve
 from scale_sae.progress import progress_bar
-from scale_sae.session import Session, agree, joined, run_command
+from scale_sae.session import Session, agree, end_process, joined, run_command
 from scale_sae.topology import LMRanks
 from scale_sae.train import agree_on_folder, open_model, read_config, set_tf32
 
@@ -62,7 +62,7 @@ class Caching:
         self.about = contents(config, widths, chunk_rows)
         self.shard_chunks: int = self.about["shard_chunks"]
         self.rows_wanted = config.train.training_tokens
-        self.kept: dict[int, Shard] = {}
+        self.kept: dict[int, ShardEntry] = {}
         self.text_ended = False
         self.held: IO[str] | None = None
 
@@ -119,22 +119,21 @@ class Caching:
         path = self.folder / INDEX
         if not path.exists():
             return
-        index = read_json(path)
-        shards = [Shard(**shard) for shard in index["shards"]]
+        shards, text_ended = read_index(self.folder)
         whole = all(self._is_there(number, shard) for number, shard in enumerate(shards))
         rows = sum(shard.rows for shard in shards)
-        if whole and (rows >= self.rows_wanted or index["text_ended"]):
+        if whole and (rows >= self.rows_wanted or text_ended):
             return
         for number, shard in enumerate(shards):
             if self._is_there(number, shard):
                 write_json(self._entry(number), asdict(shard))
         path.unlink()
 
-    def _whole_shards(self) -> dict[int, Shard]:
+    def _whole_shards(self) -> dict[int, ShardEntry]:
         """Shards that need not be written again: whole, and not cut short by the end of an earlier, shorter cache."""
         found = {}
         for path in sorted(self.folder.glob("shard_*.json")):
-            number, shard = int(path.stem.removeprefix("shard_")), Shard(**read_json(path))
+            number, shard = int(path.stem.removeprefix("shard_")), read_entry(path)
             complete = shard.chunks == self.shard_chunks or shard.first_row + shard.rows >= self.rows_wanted
             if complete and self._is_there(number, shard):
                 found[number] = shard
@@ -142,7 +141,7 @@ class Caching:
                 path.unlink()
         return found
 
-    def _is_there(self, number: int, shard: Shard) -> bool:
+    def _is_there(self, number: int, shard: ShardEntry) -> bool:
         path = shard_path(self.folder, number)
         return path.exists() and path.stat().st_size == shard.size
 
@@ -198,7 +197,9 @@ class Caching:
         pending: deque[Future[None]] = deque()
         for number, first_row, shard in self._shards(chunks, start, rows):
             counts = [int(chunk.keep.sum()) for chunk in shard]
-            if number % self.place.replicas == self.place.replica and number not in self.kept:
+            if bar is not None:
+                bar.update(first_row - bar.n)  # past shards that are there already
+            if number % self.place.replicas == self.place.replica:
                 cursors = [chunk.cursor for chunk in shard]
                 file = ShardWriter(self.folder, number, first_row, counts, cursors, self.widths, self.dtype)
                 for chunk, count in zip(shard, counts, strict=True):
@@ -244,7 +245,7 @@ class Caching:
         return self.session.store.check(["stop_asked"])
 
     def _shards(self, chunks: Iterator[Chunk], number: int, rows: int) -> Iterator[tuple[int, int, list[Chunk]]]:
-        """(number, rows of the stream before it, its chunks) of each shard from ``number`` on."""
+        """(number, rows of the stream before it, its chunks) of each missing shard from ``number``, the first, on."""
         shard: list[Chunk] = []
         first_row = rows
         while rows < self.rows_wanted:
@@ -256,18 +257,30 @@ class Caching:
             rows += int(chunk.keep.sum())
             if len(shard) == self.shard_chunks:
                 yield number, first_row, shard
-                number, first_row, shard = number + 1, rows, []
+                number, rows, chunks = self._beyond_kept(number + 1, rows, chunks)
+                first_row, shard = rows, []
         if shard:
             yield number, first_row, shard
 
+    def _beyond_kept(self, number: int, rows: int, chunks: Iterator[Chunk]) -> tuple[int, int, Iterator[Chunk]]:
+        """The first missing shard from ``number`` on, the rows before it, and the text from there on."""
+        start = number
+        while number in self.kept:
+            rows = self.kept[number].first_row + self.kept[number].rows
+            number += 1
+        if number > start and rows < self.rows_wanted:
+            cursor = read_cursor(shard_path(self.folder, number - 1))
+            chunks = iter(open_chunks(self.config.data, self.config.model, cursor))
+        return number, rows, chunks
+
     def finish(self) -> None:
         """Writes the index. One rank calls it, once all shards are there. ``UserError`` if they do not fit together."""
-        shards: list[Shard] = []
+        shards: list[ShardEntry] = []
         for path in sorted(self.folder.glob("shard_*.json")):
             rows = sum(shard.rows for shard in shards)
             if rows >= self.rows_wanted:
                 break  # the rest is of an attempt at a larger cache
-            shards.append(Shard(**read_json(path)))
+            shards.append(read_entry(path))
             if shards[-1].first_row != rows:
                 raise UserError(DIFFERENT_TEXT)
         index = {"rows": sum(shard.rows for shard in shards), "text_ended": self.text_ended}
@@ -351,11 +364,7 @@ def main(config: Any = None, *extra: Any, out: Any = None, **overrides: Any) -> 
             raise UserError("--out is missing: give the folder of the cache")
         cache_in(session, of_lm_ranks(run), Path(folder))
 
-    code = run_command(work)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: after a fault, other ranks' connections hang on this process, and its own threads wait for them.
-    os._exit(code)
+    end_process(run_command(work))
 
 
 if __name__ == "__main__":

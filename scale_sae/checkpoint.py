@@ -190,12 +190,21 @@ def seal(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -
     mark(folder, digests, meta)
     final = folder.with_name(folder.name.replace(".writing_", "step_"))
     replaced = folder.with_name(folder.name.replace(".writing_", ".replaced_"))
+    put_in_place(folder, final, replaced)
+    return final
+
+
+def put_in_place(folder: Path, final: Path, replaced: Path) -> None:
+    """Renames ``folder``, which is whole, to ``final``; one that is there goes by way of ``replaced``.
+
+    A kill at any moment leaves one of the two whole.
+    """
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     folder.rename(final)
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # the new one is there, whatever becomes of the old
-    return final
 
 
 def mark(folder: Path, digests: Mapping[str, Digest], meta: Mapping[str, Any]) -> None:
@@ -291,11 +300,13 @@ def _steps(run_dir: Path) -> list[Path]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes ``value`` as JSON, and to the disk."""
-    with path.open("w") as file:
+    """Writes a JSON file, to the disk, that appears complete or not at all."""
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    aside.rename(path)
 
 
 def _hash(files: Mapping[str, Digest]) -> str:

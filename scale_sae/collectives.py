@@ -8,7 +8,7 @@ asks whether a group has one member.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,13 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 # Newer torch renames it and warns of the old name; the supported range has both.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+T = TypeVar("T")
+
+
+class AgreedError(UserError):
+    """What every rank raises, so that none waits for another."""
 
 
 class NonFiniteError(ValueError):
@@ -79,6 +86,41 @@ class Ranks:
     def total(self, count: int, device: torch.device) -> int:
         """The sum of every rank's ``count``; with several ranks one host synchronisation of ``device``."""
         return count if self.size == 1 else int(self.all_reduce(torch.tensor(count, device=device)))
+
+    def agree(self, attempt: Callable[[], T], folder: str) -> T:
+        """Runs ``attempt``, which exchanges nothing, on every rank.
+
+        Raises:
+            UserError: the first one's, on all ranks, if it is one on any of them. What a disk refuses is one too;
+                ``folder`` says in its message what the user has set.
+        """
+
+        def said() -> T:
+            try:
+                return attempt()
+            except OSError as error:
+                raise UserError(f"{folder} cannot be used ({error}); make room, or name another folder") from error
+
+        return said() if self.size == 1 else agree(said, self.group)
+
+
+def agree(attempt: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs ``attempt`` on every rank of ``group`` (None: the whole world).
+
+    Raises:
+        AgreedError: a ``UserError`` on any of them: the first one's message, on all.
+    """
+    result, message = None, None
+    try:
+        result = attempt()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, message, group=group)
+    for said in messages:
+        if said is not None:
+            raise AgreedError(said)
+    return result  # type: ignore[return-value]
 
 
 def _complete(collective: Callable[..., dist.Work | None]) -> None:

@@ -1,6 +1,7 @@
 """Notices a rank that was lost, says which, and ends every other: none hangs in a collective until its timeout.
 
-Each rank has two threads of its own and its own connection to the launcher's store; its keys hold the restart count:
+Each rank has two threads of its own and its own connection to the launcher's store; its keys hold the restart count
+and which session of the process it is, so that none reads what one before it left:
 
     alive/<rank>   a number that the rank raises every `BEAT` seconds, and ``done`` once it has ended well
     pulse          the same of rank 0, which alone reads all of ``alive/``; the others watch only this key
@@ -11,6 +12,7 @@ Cost: three small requests per rank and beat, and one larger of rank 0: at 512 r
 one store. A rank whose process ends is noticed at once by those beside it, any other lost one after `SILENCE`.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -31,6 +33,7 @@ SILENCE = 30.0
 # How often a rank looks whether the processes beside it are there.
 TICK = 0.2
 END = "All other ranks end; the same command goes on from the newest checkpoint"
+_sessions = itertools.count()
 
 
 def role_of(plan: topology.Plan, rank: int) -> str:
@@ -74,14 +77,16 @@ class Heartbeat:
         base = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.name = f"rank {rank} of attempt {attempt}"
-        self.store = PrefixStore(f"scale_sae/heartbeat/{attempt}", base)
+        session = next(_sessions)
+        _attempt(base, attempt).set("session", str(session))
+        self.store = _session(base, attempt, session)
         for other in range(world_size) if rank == 0 else ():
             self.store.compare_set(f"alive/{other}", "", "0")  # so that all can be read at once
         self.store.set(f"alive/{rank}", "1")
         self.introduce("starting up")
         for earlier in range(attempt) if self.machines > 1 else ():
             # Ranks of it that other machines still run must end too, or their launchers would never start the new ones.
-            if self._is_first(PrefixStore(f"scale_sae/heartbeat/{earlier}", base)):
+            if self._ends_attempt(base, earlier):
                 self._say(
                     f"error: the ranks on host {socket.gethostname()} were lost and have been started again. {END}"
                 )
@@ -153,9 +158,11 @@ class Heartbeat:
             self._is_lost(0, f"gave no sign of life for {SILENCE:.0f} s")
         if self.store.check(["fault"]):
             # A main thread that knows it too is given the time to end by itself.
-            self.stopped.wait(BEAT)
+            if self.stopped.wait(BEAT):
+                return  # from Python: the error is on its way to the caller, and the process goes on
             self._linger()
-            self._end()
+            if not self.stopped.is_set():
+                self._end()
 
     def _is_silent(self, key: str, value: bytes) -> bool:
         """Counts beats, not seconds: the time of a job that was suspended as a whole is nobody's silence."""
@@ -195,6 +202,14 @@ class Heartbeat:
             # Rank 0, which holds the store where no launcher does, has ended: it was not this rank that was first.
             return False
 
+    def _ends_attempt(self, base: Store, attempt: int) -> bool:
+        """Ends the ranks that are left of an attempt; whether this rank was the first to end its newest session."""
+        of_attempt = _attempt(base, attempt)
+        newest = int(of_attempt.get("session")) if of_attempt.check(["session"]) else 0
+        # And the next one: a rank may be on its way there.
+        first, _ = [self._is_first(_session(base, attempt, number)) for number in (newest, newest + 1)]
+        return first
+
     def _say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
@@ -222,6 +237,14 @@ class Heartbeat:
     def _end(self) -> None:
         # At once, and from here: the main thread may be in a collective that never returns.
         os._exit(1)
+
+
+def _attempt(base: Store, attempt: int) -> Store:
+    return PrefixStore(f"scale_sae/heartbeat/{attempt}", base)
+
+
+def _session(base: Store, attempt: int, session: int) -> Store:
+    return PrefixStore(f"scale_sae/heartbeat/{attempt}/{session}", base)
 
 
 def _is_running(pid: int) -> bool:

@@ -136,15 +136,44 @@ class PretokenizeRunner:
             _check_new(Path(cfg.save_path))
         tokenizer = open_tokenizer(cfg.tokenizer_name, "tokenizer_name")
         cut = partial(_contexts, tokenizer=tokenizer, cfg=cfg, packing=_packing(cfg, tokenizer))
-        contexts = self._tokenise(self._documents(), cut)
+        documents = self._documents()
         if cfg.shuffle:
             cfg.seed = secrets.randbelow(2**31) if cfg.seed is None else cfg.seed
-            contexts = contexts.shuffle(seed=cfg.seed)
-        if cfg.save_path is not None:
-            _save(contexts, cfg, Path(cfg.save_path))
+        if cfg.save_path is None:
+            contexts = self._make(documents, cut, None)
+        else:
+            contexts = self._save(documents, cut, Path(cfg.save_path))
         if cfg.hf_repo_id is not None:
             _push(contexts, cfg)
         return contexts.with_format("torch")
+
+    def _save(self, documents: Any, cut: "partial[Iterator[list[int]]]", folder: Path) -> Any:
+        """Writes the contexts and their metadata aside, and moves both to their place at last."""
+        from datasets import Dataset, load_from_disk
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+            whole, cache = Path(aside, "whole"), Path(aside, "cache")
+            cache.mkdir()
+            contexts = self._make(documents, cut, cache)
+            finite = contexts
+            if self.cfg.streaming:
+                rows = partial(iter, contexts)
+                finite = Dataset.from_generator(rows, cache_dir=str(cache), fingerprint=_fingerprint())
+            finite.save_to_disk(whole)
+            (whole / METADATA_FILE).write_text(json.dumps(self.cfg.metadata(), indent=2, ensure_ascii=False))
+            if folder.exists():
+                folder.rmdir()  # an empty one
+            whole.rename(folder)
+        return contexts if self.cfg.streaming else load_from_disk(folder)
+
+    def _make(self, documents: Any, cut: "partial[Iterator[list[int]]]", cache: Path | None) -> Any:
+        """The contexts, in their order; ``cache``: where datasets keeps them until they are saved. None: in its own."""
+        contexts = self._tokenise(documents, cut, cache)
+        if not self.cfg.shuffle:
+            return contexts
+        kept = {} if cache is None or self.cfg.streaming else {"indices_cache_file_name": str(cache / "order.arrow")}
+        return contexts.shuffle(seed=self.cfg.seed, **kept)
 
     def _documents(self) -> Any:
         """The dataset with its one column."""
@@ -166,7 +195,7 @@ class PretokenizeRunner:
         _check_column(first[cfg.column_name], cfg)
         return found.select_columns([cfg.column_name])
 
-    def _tokenise(self, documents: Any, cut: "partial[Iterator[list[int]]]") -> Any:
+    def _tokenise(self, documents: Any, cut: "partial[Iterator[list[int]]]", cache: Path | None) -> Any:
         from datasets import Dataset, IterableDataset
 
         cfg = self.cfg
@@ -174,10 +203,15 @@ class PretokenizeRunner:
             make = partial(_rows, documents, cfg.column_name, cut)
             if cfg.streaming:
                 return IterableDataset.from_generator(make)
-            contexts: Any = Dataset.from_generator(make, fingerprint=_fingerprint())
+            place = None if cache is None else str(cache)
+            contexts: Any = Dataset.from_generator(make, cache_dir=place, fingerprint=_fingerprint())
         else:
             processes = cfg.num_proc if cfg.num_proc > 1 else None  # 1 would start a pool of one
-            options = {} if cfg.streaming else {"num_proc": processes, "new_fingerprint": _fingerprint()}
+            options: dict[str, Any] = {}
+            if not cfg.streaming:
+                options = {"num_proc": processes, "new_fingerprint": _fingerprint()}
+                if cache is not None:
+                    options["cache_file_name"] = str(cache / "contexts.arrow")
             contexts = documents.map(
                 partial(_columns, column=cfg.column_name, cut=cut),
                 batched=True,
@@ -261,22 +295,6 @@ def _fingerprint() -> str:
 def _check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"save_path: {folder} is there already; remove it, or give another folder")
-
-
-def _save(contexts: Any, cfg: PretokenizeRunnerConfig, folder: Path) -> None:
-    """Writes a dataset and its metadata aside, and moves both to their place at last."""
-    from datasets import Dataset
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
-        whole, cache = Path(aside, "whole"), str(Path(aside, "cache"))
-        if cfg.streaming:
-            contexts = Dataset.from_generator(partial(iter, contexts), cache_dir=cache, fingerprint=_fingerprint())
-        contexts.save_to_disk(whole)
-        (whole / METADATA_FILE).write_text(json.dumps(cfg.metadata(), indent=2, ensure_ascii=False))
-        if folder.exists():
-            folder.rmdir()  # an empty one
-        whole.rename(folder)
 
 
 def _push(contexts: Any, cfg: PretokenizeRunnerConfig) -> None:

@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from scale_sae import config, topology
 from scale_sae.activations.architecture import build_architecture
-from scale_sae.activations.cache import CONTENTS, read_json
-from scale_sae.config import ModelConfig, RunConfig
+from scale_sae.activations.cache import CONTENTS, read_contents
+from scale_sae.config import CheckpointConfig, ModelConfig, RunConfig
 from scale_sae.config_parsing import from_mapping, show
 from scale_sae.errors import UserError
 from scale_sae.hook_names import to_hf
@@ -110,6 +110,21 @@ def _hookpoint(hook_name: str, model: Mapping[str, Any]) -> str:
     return to_hf(hook_name, [name for name, _ in network.named_modules()])
 
 
+def _data(cfg: Any, chunk_contexts: int) -> dict[str, Any]:
+    """The data section of either config."""
+    special = cfg.exclude_special_tokens
+    return {
+        "dataset": cfg.dataset_path or "embedded",
+        "streaming": cfg.streaming,
+        "context_size": cfg.context_size,
+        "chunk_contexts": chunk_contexts,
+        "prepend_bos": cfg.prepend_bos,
+        "sequence_separator_token": cfg.sequence_separator_token,
+        "exclude_special_tokens": list(special) if isinstance(special, list | tuple) else special,
+        "seqpos_slice": list(cfg.seqpos_slice),
+    }
+
+
 def default_cache(dataset_path: str, model_name: str, hook_name: str) -> str:
     """Where activations are cached if no folder is named, as in SAELens."""
     return f"activations/{dataset_path.replace('/', '_')}/{model_name.replace('/', '_')}/{hook_name}"
@@ -185,7 +200,8 @@ class LanguageModelSAERunnerConfig:
     # None: store_batch_size_prompts.
     eval_batch_size_prompts: int | None = None
     logger: LoggingConfig = field(default_factory=LoggingConfig)
-    # Checkpoints that are kept, evenly spaced. Others are made in any case: an interrupted run goes on.
+    # Checkpoints that are kept, evenly spaced, before the last step; fewer where there are only a few steps to each.
+    # Others are made in any case: an interrupted run goes on.
     n_checkpoints: int = 0
     # The run's folder is made in it, under a name that the config decides: metrics.jsonl, checkpoints. None: a folder
     # beside output_path that is removed at the end.
@@ -220,7 +236,7 @@ class LanguageModelSAERunnerConfig:
         if self.logger.run_name is None:
             size = f"{self.training_tokens:3.3e}"
             name = f"{self.sae.architecture()}-{self.sae.d_sae}-LR-{self.lr}-Tokens-{size}"
-            self.logger.run_name = name
+            self.logger = replace(self.logger, run_name=name)  # the caller may share it among runs
         if self.use_cached_activations and self.cached_activations_path is None:
             self.cached_activations_path = default_cache(self.dataset_path, self.model_name, self.hook_name)
 
@@ -253,7 +269,7 @@ class LanguageModelSAERunnerConfig:
             "saes": [entry],
             "seed": self.seed,
             "model": model,
-            "data": self._data(),
+            "data": _data(self, self._chunk_contexts()),
             "topology": self._topology(world_size),
             "train": train | {"dead_feature_window_tokens": self.dead_feature_window * batch},
             "buffer": {"tokens": max(rows // lanes * lanes, batch), "lanes": lanes},
@@ -267,22 +283,12 @@ class LanguageModelSAERunnerConfig:
         resume = "auto" if own is None or Path(own).resolve().is_relative_to(folder.resolve()) else own
         return config.from_dict(config.to_dict(checked) | {"output_dir": str(folder), "resume": resume})
 
-    def _data(self) -> dict[str, Any]:
-        chunk = self.store_batch_size_prompts
-        about = Path(self.cached_activations_path or "") / CONTENTS
-        if self.use_cached_activations and about.exists():
-            chunk = read_json(about)["data"]["chunk_contexts"]  # that of the run which filled it
-        special = self.exclude_special_tokens
-        return {
-            "dataset": self.dataset_path or "embedded",
-            "streaming": self.streaming,
-            "context_size": self.context_size,
-            "chunk_contexts": chunk,
-            "prepend_bos": self.prepend_bos,
-            "sequence_separator_token": self.sequence_separator_token,
-            "exclude_special_tokens": list(special) if isinstance(special, list | tuple) else special,
-            "seqpos_slice": list(self.seqpos_slice),
-        }
+    def _chunk_contexts(self) -> int:
+        folder = Path(self.cached_activations_path or "")
+        if self.use_cached_activations and (folder / CONTENTS).exists():
+            filled_with: int = read_contents(folder)["data"].get("chunk_contexts", self.store_batch_size_prompts)
+            return filled_with
+        return self.store_batch_size_prompts
 
     def _topology(self, world_size: int) -> dict[str, Any]:
         chosen = dict(self.topology or {})
@@ -290,13 +296,20 @@ class LanguageModelSAERunnerConfig:
             if "lm" in chosen:
                 raise UserError("topology.lm: with use_cached_activations there are no ranks that run the model")
             chosen["lm"] = {"cache": self.cached_activations_path}
-        return {"lm": "colocated", "sae": {"tp": world_size}, **chosen}
+        lm = chosen.setdefault("lm", "colocated")
+        counts = [lm.get("tp", 1), lm.get("dp", 1)] if isinstance(lm, dict) and lm.get("cache") is None else [0]
+        if not all(isinstance(count, int) for count in counts):
+            counts = [0]  # which is refused later, by name
+        return {"sae": {"tp": max(1, world_size - math.prod(counts))}, **chosen}
 
     def _checkpoints(self) -> dict[str, Any]:
         if self.n_checkpoints == 0:
             return {}
-        every = max(1, self.steps // (self.n_checkpoints + 1))
-        return {"every_steps": every, "keep_every": every}
+        # The last step is none of those that are kept. Between two of them, as many as in any run, for a restart.
+        spacing = max(1, math.ceil(self.steps / (self.n_checkpoints + 1)))
+        parts = math.ceil(spacing / CheckpointConfig.every_steps)
+        every = math.ceil(spacing / parts)
+        return {"every_steps": every, "keep_every": every * parts}
 
     def _evaluation(self) -> dict[str, Any]:
         if self.n_eval_batches == 0:
@@ -388,23 +401,13 @@ class CacheActivationsRunnerConfig:
     def to_run_config(self) -> RunConfig:
         """A run whose stream is to be cached, checked. ``UserError`` for a wrong value."""
         model = _model(self)
-        special = self.exclude_special_tokens
         return config.from_dict(
             {
                 "hookpoints": [_hookpoint(self.hook_name, model)],
                 # No SAE is trained: what is asked for is the stream. The d_in is checked against the model.
                 "saes": [{"architecture": "standard", "d_sae": 1, "d_in": self.d_in}],
                 "model": model,
-                "data": {
-                    "dataset": self.dataset_path or "embedded",
-                    "streaming": self.streaming,
-                    "context_size": self.context_size,
-                    "chunk_contexts": self.model_batch_size,
-                    "prepend_bos": self.prepend_bos,
-                    "sequence_separator_token": self.sequence_separator_token,
-                    "exclude_special_tokens": list(special) if isinstance(special, list | tuple) else special,
-                    "seqpos_slice": list(self.seqpos_slice),
-                },
+                "data": _data(self, self.model_batch_size),
                 "topology": self.topology or {},
                 "train": {"training_tokens": self.training_tokens, "train_batch_size_tokens": 1},
                 "buffer": {"tokens": 1, "lanes": 1},

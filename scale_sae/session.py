@@ -11,36 +11,18 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
 from scale_sae import topology
+from scale_sae.collectives import AgreedError, agree
 from scale_sae.errors import UserError
 from scale_sae.heartbeat import Heartbeat, is_lost_connection
 
-T = TypeVar("T")
-
-
-class AgreedError(UserError):
-    """What every rank raises, so that none waits for another."""
-
-
-def agree(attempt: Callable[[], T]) -> T:
-    """Runs ``attempt`` on every rank; if it is a ``UserError`` on any of them, all raise the first one's."""
-    result, message = None, None
-    try:
-        result = attempt()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for said in messages:
-        if said is not None:
-            raise AgreedError(said)
-    return result  # type: ignore[return-value]
+__all__ = ["AgreedError", "Session", "Stop", "agree", "end_process", "joined", "run_command"]
 
 
 class Stop:
@@ -123,6 +105,13 @@ def run_command(work: Callable[[Session], None]) -> int:
         return 1
     dist.destroy_process_group()
     return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a command's process at once: after a fault, other ranks' connections hang on it, and its threads wait."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from scale_sae.jobs import JobSpec, resolve
 from scale_sae.metrics import MetricsWriter
 from scale_sae.saes import registry
 from scale_sae.saes.check import check_custom
-from scale_sae.session import Session, Stop, agree, joined, run_command
+from scale_sae.session import Session, Stop, agree, end_process, joined, run_command
 from scale_sae.snapshots import how_it_goes_on
 from scale_sae.topology import Topology
 from scale_sae.trainer import Stream, Trainer
@@ -116,6 +116,7 @@ class Run:
         stop: Stop,
         cache: Cache | None = None,
         profile_steps: range | None = None,
+        text_may_end: bool = False,
     ):
         self.config = config
         self.place = place
@@ -124,6 +125,7 @@ class Run:
         self.widths = widths
         self.stop = stop
         self.cache = cache
+        self.text_may_end = text_may_end
         self.run_dir = Path(config.output_dir)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.schedule: Schedule = schedule(config, kept_positions(config.model, config.data))
@@ -175,7 +177,7 @@ class Run:
         return rundir.find_checkpoint(self.config, (self.place.rank, dist.get_world_size()), join, self.say)
 
     def train(self) -> bool:
-        """The whole run; False if it was asked to stop before its end. ``UserError`` if the text ended early."""
+        """The whole run; False if it was asked to stop before its end. ``UserError`` if the text ended too early."""
         found = self.open_run_dir()
         stream: dict[str, Any] = {"chunks_inserted": 0, "rows_inserted": 0, "cursor": None}
         if found is not None:
@@ -373,14 +375,18 @@ class Run:
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _check_text(self, trainer: Trainer | None) -> None:
-        if trainer is not None and trainer.text_ended:
-            behind = trainer.rows_left_behind
-            lost = f" and {behind} that were lost with shuffle buffers (checkpoint.buffer: refill)" if behind else ""
-            raise UserError(
-                f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows{lost}, but "
-                f"train.training_tokens needs {self.schedule.rows_needed}; all {trainer.step} whole batches were "
-                "trained and saved. For a longer run give more text, and another output_dir"
-            )
+        if trainer is None or not trainer.text_ended:
+            return
+        behind = trainer.rows_left_behind
+        lost = f" and {behind} that were lost with shuffle buffers (checkpoint.buffer: refill)" if behind else ""
+        found = (
+            f"data.dataset: {self.config.data.dataset} gave {trainer.buffer.inserted} rows{lost}, but "
+            f"train.training_tokens needs {self.schedule.rows_needed}; all {trainer.step} whole batches were "
+            "trained and saved"
+        )
+        if not self.text_may_end or trainer.step == 0:
+            raise UserError(f"{found}. For a longer run give more text, and another output_dir")
+        self.say(f"note: {found}")
 
 
 def set_tf32(allowed: bool) -> None:
@@ -422,10 +428,13 @@ def train(config: RunConfig) -> bool:
         return train_in(session, config, sys.argv[0])
 
 
-def train_in(session: Session, config: RunConfig, program: str, profile_steps: object = None) -> bool:
+def train_in(
+    session: Session, config: RunConfig, program: str, profile_steps: object = None, text_may_end: bool = False
+) -> bool:
     """The run of ``config`` on the ranks of ``session``; result and errors as for `train`.
 
-    ``program`` is what ``accelerate launch`` starts, for a message that says how.
+    ``program`` is what ``accelerate launch`` starts, for a message that says how. ``text_may_end``: that the text ended
+    early is a note, and the run done, if it has trained a batch.
     """
     rank, world_size = session.rank, session.world_size
     set_tf32(config.train.allow_tf32)
@@ -443,7 +452,7 @@ def train_in(session: Session, config: RunConfig, program: str, profile_steps: o
     place = topology.build(planned, rank, devices[0], session.backend, session.store, deepspeed, evaluates)
     session.pulse.introduce(role_of(planned, rank))
     session.before = "\n"
-    run = Run(config, place, devices, specs, widths, session.stop, cache, profiled)
+    run = Run(config, place, devices, specs, widths, session.stop, cache, profiled, text_may_end)
     try:
         return run.train()
     finally:
@@ -480,11 +489,7 @@ def main(config: str | None = None, *extra: object, profile_steps: object = None
     if overrides.keys() & {"help", "h"}:  # Fire hands them over, as it does every flag that is not declared
         print(help_text())
         return
-    code = run(config, extra, overrides, profile_steps)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: after a fault, other ranks' connections hang on this process, and its own threads wait for them.
-    os._exit(code)
+    end_process(run(config, extra, overrides, profile_steps))
 
 
 if __name__ == "__main__":

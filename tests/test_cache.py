@@ -21,7 +21,7 @@ from scale_sae import cache_activations, checkpoint, consolidate, train
 from scale_sae.activations import cache
 from scale_sae.activations.cache import Cache, shard_path
 from scale_sae.activations.source import ActivationSource
-from scale_sae.activations.tokens import open_chunks
+from scale_sae.activations.tokens import TextChunks, open_chunks
 from scale_sae.activations.transport import Start
 from scale_sae.config import RunConfig, load
 from scale_sae.errors import UserError
@@ -177,10 +177,21 @@ def test_the_shards_hold_the_rows_of_the_model(home: Path) -> None:
     assert first == stored.rows == len(rows["model.layers.0"]) and first - counts[-1] < STEPS * BATCH <= first
 
 
-def test_it_goes_on_on_another_number_of_ranks(home: Path, tmp_path: Path) -> None:
-    """Shards that are whole are kept, those that are lost or cut short are written again, byte for byte the same."""
+def test_it_goes_on_on_another_number_of_ranks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards that are whole are kept, those that are lost or cut short are written again, byte for byte the same.
+
+    The text of those that are kept is not read.
+    """
+    original = TextChunks._chunk
+
+    def note(*arguments: Any) -> Any:
+        with (tmp_path / "read").open("a") as file:
+            file.write(".")
+        return original(*arguments)
+
+    monkeypatch.setattr(TextChunks, "_chunk", note)
     shutil.copytree(home / "cache", tmp_path / "cache")
-    kept, cut, lost = (shard_path(tmp_path / "cache", number) for number in (0, 1, 2))
+    lost, kept, cut = (shard_path(tmp_path / "cache", number) for number in (0, 1, 2))
     before = kept.stat().st_mtime_ns
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
@@ -189,6 +200,9 @@ def test_it_goes_on_on_another_number_of_ranks(home: Path, tmp_path: Path) -> No
     for path in sorted((home / "cache").glob("*.*")):
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()
     assert not list((tmp_path / "cache").glob("shard_*.json"))
+    shards = Cache.open(home / "cache").shards
+    assert len(shards) == 3
+    assert len((tmp_path / "read").read_text()) == 3 * (shards[0].chunks + shards[2].chunks)
 
 
 def test_more_rows_are_added(home: Path, tmp_path: Path) -> None:
@@ -319,6 +333,27 @@ def test_a_damaged_cache(home: Path, tmp_path: Path, name: str, capfd: pytest.Ca
     assert len(lines) == 1 and re.search(r"error: topology\.lm\.cache: .*" + message, lines[0])
     assert not (tmp_path / "run/config.yaml").exists()
     torch.distributed.destroy_process_group()
+
+
+def test_json_that_says_something_else(home: Path, tmp_path: Path) -> None:
+    """Files that can be read and hold the wrong things."""
+    index, about = (json.loads((home / "cache" / name).read_text()) for name in ("index.json", "contents.json"))
+    first = index["shards"][0]
+    wrong: list[tuple[str, Any, str]] = [
+        ("index.json", {"rows": 1}, r"index\.json is damaged at text_ended"),
+        ("index.json", {"text_ended": False}, r"index\.json is damaged at shards"),
+        ("index.json", index | {"shards": [{"chunks": 1}]}, r"index\.json is damaged \(no entry of a shard: {'chunks'"),
+        ("index.json", index | {"shards": [first | {"rows": "1"}]}, r"index\.json is damaged \(no entry"),
+        ("index.json", index | {"shards": [3]}, r"index\.json is damaged \(no entry of a shard: 3\)"),
+        ("contents.json", {"format": 2}, r"has format 2, this program reads 1"),
+        ("contents.json", about | {"hookpoints": []}, r"contents\.json is damaged at hookpoints"),
+    ]
+    for name, value, message in wrong:
+        for file in ("index.json", "contents.json"):
+            shutil.copy(home / "cache" / file, tmp_path / file)
+        (tmp_path / name).write_text(json.dumps(value))
+        with pytest.raises(UserError, match=message + ".*cache anew into another folder"):
+            Cache.open(tmp_path)
 
 
 def test_too_few_rows(home: Path) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -137,12 +138,45 @@ def test_ranks_that_only_lost_a_connection_leave_it_to_the_watch(capfd: pytest.C
 
 def test_a_restart_elsewhere_ends_the_ranks_of_the_attempt_before() -> None:
     def live(rank: int, pulse: Heartbeat) -> None:
+        pulse.stop()
+        pulse = Heartbeat(rank, WORLD, 0)  # that attempt's ranks are in their second session
         if rank == 2:
             os.environ.update(TORCHELASTIC_RESTART_COUNT="2", GROUP_WORLD_SIZE="4")
             Heartbeat(rank, WORLD, 0)
         time.sleep(2 if rank == 2 else 60)
 
     assert exit_codes(live, together=False) == [1, 1, 1, 1]  # rank 2 plays both attempts in one process
+
+
+def test_a_session_after_another(capfd: pytest.CaptureFixture[str]) -> None:
+    """In one process, as runners have them: it knows nothing of the silence and the fault that the first one left.
+
+    Every rank has the first one's error and goes on; the watch of a rank, which reads of the fault too, lets it.
+    """
+
+    def live(rank: int, pulse: Heartbeat) -> None:
+        heartbeat.BEAT, heartbeat.SILENCE = 1.0, 10.0
+        pulse.store.set(f"slow/{rank}", "1")
+        if rank == 3:
+            pulse.store.wait([f"slow/{rank}" for rank in range(WORLD)])
+            pulse.report("error: something that every rank raises")
+        while not pulse.store.check(["fault"]):
+            time.sleep(0.01)
+        watch = threading.Thread(target=pulse._beat)  # it has seen the fault now, and ends the rank after a beat
+        watch.start()
+        time.sleep(0.1)
+        pulse.stop()
+        watch.join()
+        beat_fast()
+        if rank == 0:
+            time.sleep(1.3 * SILENCE)
+        second = Heartbeat(rank, WORLD, rank)
+        time.sleep(0 if rank == 0 else 1.4 * SILENCE)
+        second.leave()
+        second.stop()
+
+    assert exit_codes(live, together=True) == [0] * WORLD
+    assert lines(capfd) == ["error: something that every rank raises"]
 
 
 def test_a_job_that_was_suspended_goes_on(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
@@ -145,6 +146,27 @@ def test_what_is_saved_says_how_it_was_made(documents: Path, tmp_path: Path) -> 
     assert sorted(p.name for p in saved.parent.iterdir()) == ["here"]
     about = json.loads((saved / "sae_lens.json").read_text())
     assert about == metadata_from_config(theirs).__dict__
+
+
+@pytest.mark.parametrize("documents_together", [100, None])
+def test_nothing_else_is_left(
+    documents_together: int | None, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of datasets holds the documents once, and no copy of the contexts for each run."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    left = []
+    for name in ("one", "two"):
+        options: dict[str, Any] = {
+            "num_proc": 1,
+            "pretokenize_batch_size": documents_together,
+            "save_path": str(tmp_path / name),
+        }
+        made = PretokenizeRunner(PretokenizeRunnerConfig("embedded", str(documents), context_size=CONTEXT, **options))
+        rows = [row["input_ids"].tolist() for row in made.run()]
+        assert rows == load_from_disk(tmp_path / name)["input_ids"][:]
+        left.append(sorted((tmp_path / "hub").rglob("*.arrow")))
+    assert left[0] == left[1] and len(left[0]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.jsonl", "hub", "one", "two"]
 
 
 def contexts_of(data: DataConfig, model: ModelConfig | None = None) -> torch.Tensor:

@@ -88,8 +88,11 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_the_command(tmp_path: Path) -> None:
-    """The runner's SAE is bitwise that of the config file which says the same; twice in one process, the same again."""
+def test_it_is_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner's SAE is bitwise that of the config file which says the same; twice in one process, the same again.
+
+    Where a launcher starts the script again, the run that was done before is not made again.
+    """
     run = {
         "output_dir": "by_command",
         "seed": 42,
@@ -120,6 +123,16 @@ def test_it_is_the_command(tmp_path: Path) -> None:
         "sae_weights.safetensors",
         "runner_cfg.json",
     }
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with monkeypatch.context() as patch:
+        patch.delattr(Trainer, "fit")
+        again = LanguageModelSAETrainingRunner(config(dead_feature_window=3))
+        assert equal(dict(again.run().state_dict()), expected) and len(list(Path("checkpoints").iterdir())) == 2
+    # What another run of the script has written to the same folder is not taken for it.
+    with Path("output/sae_weights.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert not again._begin(Path(again.run_config.output_dir)) and len(list(Path("checkpoints").iterdir())) == 2
+    assert Path(f"{first}.2").exists()
 
 
 def test_ranks_share_the_latents_and_go_on_after_an_error() -> None:
@@ -170,9 +183,47 @@ def test_an_interrupted_run_goes_on(kept: str | None, monkeypatch: pytest.Monkey
         load(self, folder)
         seen.append(self.step)
 
+    def consolidate_signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return released(*arguments)
+
+    released = consolidate.consolidate
     monkeypatch.setattr(Trainer, "load", note)
-    LanguageModelSAETrainingRunner(cfg).run()
+    monkeypatch.setattr(consolidate, "consolidate", consolidate_signalled)
+    with pytest.raises(SystemExit) as end:  # once the SAE is written
+        LanguageModelSAETrainingRunner(cfg).run()
+    assert end.value.code == 0
     assert 5 <= seen[0] < STEPS and equal(weights(), weights("whole"))
+
+
+def test_the_text_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    """The SAE of the whole batches that there are, and a line that says so."""
+    Path("few.jsonl").write_text(json.dumps({"text": "ab" * 200}))
+    tiny = {"sae": StandardTrainingSAEConfig(d_in=256, d_sae=16), "dataset_path": "few.jsonl", "streaming": False}
+    LanguageModelSAETrainingRunner(config(checkpoint_path=None, train_batch_size_tokens=32, **tiny)).run()
+    # 400 bytes are as many tokens; with a BOS for every 31 of them they are 13 contexts of 32, the last not full.
+    (note,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: data.dataset")]
+    rows, batches = map(int, re.findall(r"few\.jsonl gave (\d+) rows, .* needs 768; all (\d+) whole batches", note)[0])
+    assert batches == rows // 32 and 12 * 31 <= rows <= 12 * 32
+    assert {path.name for path in Path().iterdir()} == {"few.jsonl", "output", "texts.jsonl"}
+
+
+def steps_kept(run: Any, steps: int) -> list[int]:
+    """The checkpoints that stay beside the last one of a run."""
+    made = range(run.checkpoint.every_steps, steps, run.checkpoint.every_steps)
+    return [step for step in made if step % run.checkpoint.keep_every == 0]
+
+
+def test_how_many_checkpoints_are_kept() -> None:
+    for steps, asked in ((12, 2), (1000, 1), (1000, 3), (999, 3), (30_517, 10), (10**6, 1)):
+        run = built(training_tokens=steps * BATCH, n_checkpoints=asked)
+        kept = steps_kept(run, steps)
+        assert len(kept) == asked
+        # Evenly spaced to a step for each of the checkpoints in between, none of which a crash puts farther back than
+        # it does where none are asked for.
+        assert all(abs(b - a - steps / (asked + 1)) <= steps / 200 for a, b in zip([0, *kept], kept, strict=False))
+        assert run.checkpoint.every_steps <= 200 and run.checkpoint.keep_every % run.checkpoint.every_steps == 0
+    assert len(steps_kept(built(training_tokens=10 * BATCH, n_checkpoints=6), 10)) <= 6
 
 
 @pytest.mark.slow
@@ -280,6 +331,13 @@ def test_what_the_fields_become() -> None:
     assert (logging.log_every_steps, logging.wandb_entity, logging.log_weights_to_wandb) == (3, "team", True)
     assert logging.run_name == "topk-128-LR-0.001-Tokens-7.680e+02"
     assert run.topology.lm.tp == 2
+    # The SAE has the ranks that the model leaves; where it is cached or colocated, all.
+    laid_out = [({"lm": {"tp": 2, "dp": 2}}, 4), ({}, 8), ({"lm": {"cache": "x"}}, 8), ({"sae": {"groups": 1}}, 1)]
+    for laid, tp in laid_out:
+        assert config(topology=laid).to_run_config(8).topology.sae.tp == tp
+    # A logger that several configs share gets no name of the first one.
+    shared_logger = LoggingConfig()
+    assert config(logger=shared_logger).logger.run_name is not None and shared_logger.run_name is None
     assert (config().to_run_config(2).topology.sae.tp, config().to_run_config(2).topology.lm.colocated) == (2, True)
     # SAELens's defaults, with which it cannot train: the buffer would be smaller than a batch.
     small = config(n_batches_in_buffer=1, train_batch_size_tokens=512).to_run_config(1)
@@ -347,6 +405,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "cache": (
         lambda: LanguageModelSAETrainingRunner(config(use_cached_activations=True)).run(),
         r"topology\.lm\.cache: activations/\S+texts\.jsonl/embedded/blocks\.1\.hook_resid_post holds no cached",
+    ),
+    "output": (
+        lambda: LanguageModelSAETrainingRunner(config(output_path="texts.jsonl/sae")).run(),
+        r"output_path: texts\.jsonl/sae cannot be written \(Not a directory\); choose another folder, or make room",
     ),
     "no context": (lambda: caching(context_size=-1), r"context_size: -1; give the tokens per context"),
     "hub": (lambda: caching(hf_repo_id="me/mine"), r"hf_repo_id: 'me/mine' is not there; upload the finished folder"),

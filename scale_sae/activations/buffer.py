@@ -73,7 +73,8 @@ class LaneBuffer:
         assert not len(slot) or int(slot.max()) < self.capacity
         for name, rows in self.rows.items():
             target = (lane * self.capacity + slot).to(rows.device)
-            rows.flatten(0, 1).index_copy_(0, target, chunk[name][: len(index)].to(rows.device))
+            given = chunk[name][: len(index)].to(rows.device, non_blocking=rows.is_cuda)
+            rows.flatten(0, 1).index_copy_(0, target, given)
         self.inserted += count
 
     def peek(self, step: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ from scale_sae.activations.architecture import build_architecture
 from scale_sae.activations.buffer import rows_of_lanes
 from scale_sae.activations.schedule import Schedule
 from scale_sae.activations.transport import ReceivedChunk, Start
+from scale_sae.checkpoint import write_json
 from scale_sae.config import RunConfig, differences, to_dict
 from scale_sae.errors import UserError
 from scale_sae.progress import progress_bar
@@ -38,12 +39,13 @@ CONTENTS, INDEX = "contents.json", "index.json"
 # What a shard should hold: small enough to be lost in a crash, large enough for a network file system.
 SHARD_BYTES = 2**30
 KEY = "topology.lm.cache"
+_ANEW = "cache anew into another folder"
 # Parts of a model's config that say nothing of what it computes, or what this package has set in it.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardEntry:
     """A shard's entry of the index. ``first_row`` counts the rows of the stream before it."""
 
     chunks: int
@@ -82,22 +84,52 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard_{index:05d}.safetensors"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears complete or not at all."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.rename(path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that `write_json` wrote; ``UserError`` where the file is damaged."""
+    """The mapping in a JSON file; ``UserError`` where the file is damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({error}); cache anew into another folder") from None
+        raise UserError(f"{KEY}: {path} cannot be read ({error}); {_ANEW}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{KEY}: {path} holds no mapping; cache anew into another folder")
+        raise UserError(f"{KEY}: {path} holds no mapping; {_ANEW}")
     return found
+
+
+def read_contents(folder: Path) -> dict[str, Any]:
+    """What `contents` gave for the cache in ``folder``; ``UserError`` where the file is damaged."""
+    path = folder / CONTENTS
+    about = read_json(path)
+    if about.get("format") != FORMAT:
+        message = f"has format {about.get('format')}, this program reads {FORMAT}"
+        raise UserError(f"{KEY}: {folder} {message}; {_ANEW}")
+    kinds = {"model": dict, "data": dict, "hookpoints": dict, "shard_chunks": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]
+    if wrong:
+        raise UserError(f"{KEY}: {path} is damaged at {wrong[0]}; {_ANEW}")
+    return about
+
+
+def read_entry(path: Path, value: Any = None) -> ShardEntry:
+    """The shard's entry in the file ``path``, or ``value`` as one of those in it; ``UserError`` where it is none."""
+    found = read_json(path) if value is None else value
+    try:
+        entry = ShardEntry(**found)
+        sound = [type(part) for part in astuple(entry)] == [int, int, int, int, str]
+    except TypeError:
+        sound = False
+    if not sound:
+        raise UserError(f"{KEY}: {path} is damaged (no entry of a shard: {found!r:.100}); {_ANEW}")
+    return entry
+
+
+def read_index(folder: Path) -> tuple[list[ShardEntry], bool]:
+    """Every shard's entry, and whether the text has no more rows; ``UserError`` where the index is damaged."""
+    path = folder / INDEX
+    index = read_json(path)
+    shards, ended = index.get("shards"), index.get("text_ended")
+    if not isinstance(shards, list) or not isinstance(ended, bool):
+        raise UserError(f"{KEY}: {path} is damaged at {'shards' if isinstance(ended, bool) else 'text_ended'}; {_ANEW}")
+    return [read_entry(path, shard) for shard in shards], ended
 
 
 class ShardWriter:
@@ -149,7 +181,7 @@ class ShardWriter:
             pass
         digest = file_digest(self.aside)
         self.aside.rename(self.path)
-        shard = Shard(len(self.counts), self.first_row, self.written, digest["size"], digest["blake2b"])
+        shard = ShardEntry(len(self.counts), self.first_row, self.written, digest["size"], digest["blake2b"])
         write_json(self.path.with_suffix(".json"), asdict(shard))
 
 
@@ -159,7 +191,7 @@ class Cache:
 
     folder: Path
     about: Mapping[str, Any]
-    shards: Sequence[Shard]
+    shards: Sequence[ShardEntry]
     text_ended: bool
 
     @property
@@ -181,11 +213,7 @@ class Cache:
                 f"{KEY}: {folder} is not finished ({done} shards so far); the command that began it goes on: "
                 "scale_sae.cache_activations"
             )
-        about, index = read_json(folder / CONTENTS), read_json(folder / INDEX)
-        if about.get("format") != FORMAT:
-            message = f"has format {about.get('format')}, this program reads {FORMAT}"
-            raise UserError(f"{KEY}: {folder} {message}; cache anew into another folder")
-        cache = cls(folder, about, [Shard(**shard) for shard in index["shards"]], index["text_ended"])
+        cache = cls(folder, read_contents(folder), *read_index(folder))
         for number, shard in enumerate(cache.shards):
             path = shard_path(folder, number)
             found = path.stat().st_size if path.exists() else None
@@ -311,6 +339,8 @@ class CachedStream:
         self.cache = cache
         self.hookpoints = topology.group.hookpoints
         self.lanes = topology.plan.lane_block(topology.group, topology.rank)
+        # From pinned memory a GPU copies while the main thread goes on. It is pinned in the thread that reads.
+        self.pins = topology.device.type == "cuda"
         self.schedule = schedule
         self.next_index, self.next_row = start.chunk, start.rows
         self.shards = cache.needed(start, schedule.rows_needed)
@@ -341,6 +371,8 @@ class CachedStream:
         count = shard.counts[place]
         index = shard.starts[place] + rows_of_lanes(self.next_row, count, self.lanes, self.schedule.lanes)
         rows = {name: values[index] for name, values in shard.rows.items()}
+        if self.pins:
+            rows = {name: values.pin_memory() for name, values in rows.items()}
         chunk = ReceivedChunk(self.next_index, self.next_row, count, rows, shard.cursors[place])
         self.next_index, self.next_row = self.next_index + 1, self.next_row + count
         return chunk
