@@ -26,12 +26,14 @@ class Batches:
     Only the first rank's provider is read. Every rank must draw the same number of batches.
 
     Attributes:
+        n_taken: rows of the batches that were taken, less those that an evaluation only looked at.
         rows_left: rows at the provider's end that fill no batch; None before.
     """
 
     def __init__(self, provider: Iterable[Tensor] | None, d_in: int, batch: int, shard: Shard, device: torch.device):
         """``provider`` may be None on all ranks but the first."""
         self.d_in, self.batch, self.shard, self.device = d_in, batch, shard, device
+        self.n_taken = 0
         self.rows_left: int | None = None
         self.drawn: deque[Tensor] = deque()  # by an evaluation, and yet to be trained on
         self.parts: deque[Tensor] = deque()
@@ -44,7 +46,9 @@ class Batches:
 
     def __next__(self) -> Tensor:
         """The next batch that was not trained on. UserError, on all ranks, if the provider yields what is none."""
-        return self.drawn.popleft() if self.drawn else self._draw()
+        batch = self.drawn.popleft() if self.drawn else self._draw()
+        self.n_taken += len(batch)
+        return batch
 
     def ahead(self) -> Iterator[Tensor]:
         """The batches that come next, copied, for an evaluation: they are still there to be trained on."""
@@ -52,7 +56,7 @@ class Batches:
         while True:
             if place == len(self.drawn):
                 try:
-                    self.drawn.append(self._draw().clone())
+                    self.drawn.append(self._draw())
                 except StopIteration:
                     return
             yield self.drawn[place].clone()
@@ -71,7 +75,7 @@ class Batches:
             except Exception as raised:  # whatever a researcher's code raises
                 kind, error = _FAILED, raised
         dtype = _DTYPES.index(batch.dtype)
-        head = torch.tensor([kind, dtype, -1 if self.rows_left is None else self.rows_left], device=self.device)
+        head = torch.tensor([kind, dtype, -1 if self.rows_left is None else self.rows_left], device=self._head_device())
         dist.broadcast(head, group=self.shard.group, group_src=0)
         kind, dtype, left = head.tolist()
         if kind == _END:
@@ -83,6 +87,11 @@ class Batches:
             batch = torch.empty(self.batch, self.d_in, dtype=_DTYPES[dtype], device=self.device)
         dist.broadcast(batch, group=self.shard.group, group_src=0)
         return batch
+
+    def _head_device(self) -> torch.device:
+        """The CPU where the group speaks there (`launched_shard`'s does): a step then waits for no GPU."""
+        speaks = dist.get_backend_config(self.shard.group)
+        return torch.device("cpu") if "cpu:" in speaks else self.device
 
     def _fail(self, error: Exception | None) -> None:
         """Raises the first rank's error on all ranks, so that none of them waits."""
@@ -97,13 +106,11 @@ class Batches:
         """A batch, contiguous, of the rows that the provider yields, in their order."""
         while self.held < self.batch:
             try:
-                rows = self._checked(self._next())
+                self.parts.append(self._checked(self._next()))
             except StopIteration:
                 self.rows_left = self.held
                 raise
-            # What waits here is copied: a provider may write its next rows where these are.
-            self.parts.append(rows if len(rows) == self.batch and not self.held else rows.clone())
-            self.held += len(rows)
+            self.held += len(self.parts[-1])
         taken, missing = [], self.batch
         while missing:
             rows = self.parts.popleft()
@@ -122,10 +129,21 @@ class Batches:
                     f"data_provider: {kind} is no iterator; give one that yields tensors [rows, {self.d_in}]"
                 )
             self.iterator = iter(self.provider)
-        return next(self.iterator)
+        # A generator that yields inside `with torch.no_grad()` leaves its mode behind.
+        before = torch.is_grad_enabled()
+        try:
+            rows = next(self.iterator)
+        finally:
+            torch.set_grad_enabled(before)
+        if torch.is_inference_mode_enabled():
+            raise UserError(
+                "data_provider: yields inside torch.inference_mode(), which then holds for the training too; end its "
+                "block before the yield, or use torch.no_grad()"
+            )
+        return rows
 
     def _checked(self, rows: Any) -> Tensor:
-        """What the provider yielded, on the SAE's device. UserError where it is no rows for this SAE."""
+        """A copy of what the provider yielded, on the SAE's device. UserError where it is no rows for this SAE."""
         if not isinstance(rows, Tensor):
             raise UserError(
                 f"data_provider: yielded {type(rows).__name__}; yield a tensor [rows, {self.d_in}] each time"
@@ -142,4 +160,6 @@ class Batches:
             )
         if not len(rows):
             raise UserError("data_provider: yielded a tensor without rows; leave it out")
-        return rows.detach().to(self.device)
+        # A provider may write its next rows where these are, and the last batch is looked at again at a checkpoint. A
+        # copy is also no inference tensor, which cannot be trained on.
+        return rows.detach().to(self.device, copy=True)

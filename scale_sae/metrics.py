@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -109,8 +110,92 @@ class Stopwatch:
         return before
 
 
-class MetricsWriter:
-    """The main process's logs, as a context: one JSON line per SAE and log step, a progress bar, wandb."""
+class RunLog:
+    """What the main process says of a run, as a context: a file of JSON lines, a progress bar, wandb.
+
+    Attributes:
+        file: None where the run has no folder.
+        wandb: the run there, or None.
+        owns_wandb: whether the wandb run ends with the log.
+    """
+
+    owns_wandb = True
+
+    def __init__(
+        self,
+        path: Path | None,
+        option: str,
+        total_steps: int,
+        batch: int,
+        unit: str,
+        start_step: int,
+        begin: Callable[[], Any] | None,
+    ):
+        """Goes on after ``start_step`` steps: what the file holds of later ones is dropped.
+
+        Args:
+            path: of the file; None for none.
+            option: what the user calls the folder of the file, for messages.
+            total_steps, batch, unit: of the progress bar.
+            start_step: steps that were done before.
+            begin: begins the wandb run; None for none.
+        """
+        self.option, self.batch = option, batch
+        self.file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _truncate(path, start_step)
+            self.file = path.open("a")
+        self.wandb = None if begin is None else begin()
+        self.bar = progress_bar(total_steps * batch, "training", unit, start_step * batch)
+
+    def put(self, step: int, records: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> None:
+        """Writes ``records`` to the file and sends ``values`` to wandb. ``UserError`` if the file cannot be written."""
+        if self.file is not None:
+            try:
+                self.file.writelines(json.dumps(record) + "\n" for record in records)
+                self.file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{self.option}: {self.file.name} cannot be written: {error.strerror}; make room"
+                ) from error
+        if self.wandb is not None:
+            self.wandb.log({name: for_wandb(name, value) for name, value in values.items()}, step=step)
+
+    def show(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The progress bar's figures: means over the SAEs."""
+        self.bar.set_postfix(_summary(records), refresh=False)
+
+    def advance(self) -> None:
+        """One step more."""
+        self.bar.update(self.batch)
+
+    def say(self, line: str) -> None:
+        """A line on stderr that does not break the progress bar."""
+        self.bar.write(line, file=sys.stderr)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the logs; of a run that ``failed``, wandb has a few seconds to send what it holds."""
+        self.bar.close()
+        if self.file is not None:
+            with suppress(OSError) if failed else nullcontext():  # a full disk: what failed has said so
+                self.file.close()
+        if self.wandb is None or not self.owns_wandb:
+            return
+        # The process may end at once after this, and its threads with it.
+        finish = threading.Thread(target=self.wandb.finish, args=(int(failed),), name="wandb", daemon=True)
+        finish.start()
+        finish.join(SECONDS_TO_FINISH if failed else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+
+class MetricsWriter(RunLog):
+    """The logs of a command's run: one record per SAE and log step."""
 
     def __init__(
         self,
@@ -121,38 +206,24 @@ class MetricsWriter:
         start_step: int,
         config: dict[str, Any],
     ):
-        self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, start_step)
-        self.file = self.path.open("a")
-        self.batch = batch
-        self.wandb = _wandb_run(run_dir, logging, config) if logging.log_to_wandb else None
+        begin = partial(_wandb_run, run_dir, logging, config) if logging.log_to_wandb else None
         self.stores_weights = logging.log_to_wandb and logging.log_weights_to_wandb
-        self.bar = progress_bar(total_steps * batch, "training", "tok", start_step * batch)
+        super().__init__(run_dir / "metrics.jsonl", "output_dir", total_steps, batch, "tok", start_step, begin)
 
     def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Logs one record per SAE at ``step`` (steps done so far)."""
-        self._record(step, records)
-        self.bar.set_postfix(_summary(records), refresh=False)
+        self.write_evaluation(step, records)
+        self.show(records)
 
     def write_evaluation(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """As ``write``, what was measured at ``step`` on held-out text."""
-        self._record(step, records)
-
-    def _record(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        try:
-            for record in records:
-                self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"output_dir: {self.file.name} cannot be written: {error.strerror}; make room") from error
-        if self.wandb is not None:
-            values = {
-                f"{record['sae_id']}/{name}": for_wandb(name, value)
-                for record in records
-                for name, value in record.items()
-                if name not in ("step", "tokens", "sae_id")
-            }
-            self.wandb.log({**values, "tokens": step * self.batch}, step=step)
+        """As ``write``, what was measured at ``step`` on held-out text; the progress bar does not show it."""
+        values = {
+            f"{record['sae_id']}/{name}": value
+            for record in records
+            for name, value in record.items()
+            if name not in ("step", "tokens", "sae_id")
+        }
+        self.put(step, records, {**values, "tokens": step * self.batch})
 
     def store_weights(self, folder: Path) -> None:
         """Stores a complete checkpoint with wandb, as an artifact, if the config asks for it.
@@ -168,31 +239,6 @@ class MetricsWriter:
         artifact = wandb.Artifact(f"{self.wandb.id}-checkpoint", type="model", metadata={"checkpoint": folder.name})
         artifact.add_dir(str(folder))
         self.wandb.log_artifact(artifact, aliases=["latest", folder.name])
-
-    def advance(self) -> None:
-        self.bar.update(self.batch)
-
-    def say(self, line: str) -> None:
-        """A line on stderr that does not break the progress bar."""
-        self.bar.write(line, file=sys.stderr)
-
-    def close(self, failed: bool = False) -> None:
-        """Ends the logs; of a run that ``failed``, wandb has a few seconds to send what it holds."""
-        self.bar.close()
-        with suppress(OSError) if failed else nullcontext():  # a full disk: what failed has said so
-            self.file.close()
-        if self.wandb is None:
-            return
-        # The process may end at once after this, and its threads with it.
-        finish = threading.Thread(target=self.wandb.finish, args=(int(failed),), name="wandb", daemon=True)
-        finish.start()
-        finish.join(SECONDS_TO_FINISH if failed else None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close(failed=error is not None)
 
 
 def _wandb_run(run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) -> Any:
@@ -257,9 +303,16 @@ def _truncate(path: Path, step: int) -> None:
         return
     aside = path.with_name(f".{path.name}")
     with path.open() as old, aside.open("w") as new:
-        # A killed run may leave half a line at the end.
-        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+        new.writelines(line for line in old if line.endswith("\n") and _step_of(line) <= step)
     aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of ``metrics.jsonl``; infinite for what is none, such as a killed run leaves at the end."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
 
 
 def to_floats(values: Mapping[str, Tensor | float]) -> dict[str, Any]:

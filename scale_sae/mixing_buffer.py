@@ -61,13 +61,18 @@ def _mix(
             raise UserError(
                 f"activations_loader: yielded a tensor of shape {list(arrived.shape)}; flatten it to [rows, d_in]"
             )
-        parts.append(arrived)
+        parts.append(arrived.clone())  # a loader may write its next rows where these are
         held += len(arrived)
         if held < buffer_size:
             continue
-        rows = shuffled(torch.cat(parts))
+        rows = torch.cat(parts)
+        parts = []  # while rows are served they are held once
+        rows = shuffled(rows)
         served = max(1, (held - int(buffer_size * mix_fraction)) // batch_size) * batch_size
         yield from rows[:served].split(batch_size)
-        parts, held = [rows[served:]], held - served
+        parts, held = [rows[served:].clone()], held - served
+        del rows
     if held >= batch_size:
-        yield from shuffled(torch.cat(parts))[: held // batch_size * batch_size].split(batch_size)
+        rows = torch.cat(parts)
+        parts = []
+        yield from shuffled(rows)[: held // batch_size * batch_size].split(batch_size)

@@ -26,6 +26,7 @@ from scale_sae.data_provider import Batches, DataProvider
 from scale_sae.errors import UserError
 from scale_sae.job_trainer import JobTrainer, ends_window
 from scale_sae.jobs import JobSpec
+from scale_sae.launched import repeat_sums
 from scale_sae.metrics import to_floats
 from scale_sae.optim import learning_rate
 from scale_sae.progress import progress_bar
@@ -34,12 +35,13 @@ from scale_sae.saes.base import TrainingSAE
 from scale_sae.saes.inference import CFG_FILE, WEIGHTS_FILE
 from scale_sae.saes.saving import save_release
 from scale_sae.tensorfile import save
-from scale_sae.trainer import NON_FINITE_LIMIT, NON_FINITE_ROWS, SKIP_LIMIT
+from scale_sae.trainer import SKIP_LIMIT, too_many_non_finite
 from scale_sae.training_log import TrainingLog, flat
 
 __all__ = ["DataProvider", "Evaluator", "LoggingConfig", "SAETrainer", "SAETrainerConfig", "SaveCheckpointFn"]
 
 T = TypeVar("T", bound=TrainingSAE)
+R = TypeVar("R")
 
 # (sae, data_provider, activation_scaler) -> metrics by name, which may be nested.
 Evaluator = Callable[[T, DataProvider, ActivationScaler], dict[str, Any]]
@@ -86,6 +88,8 @@ class SAETrainer(Generic[T]):
             UserError: an SAE or a provider that cannot be used.
         """
         _check_sae(sae)
+        _check_launch(sae, cfg)
+        repeat_sums()
         self.cfg = cfg
         self.sae = sae.to(cfg.device)
         self.evaluator = evaluator
@@ -105,6 +109,11 @@ class SAETrainer(Generic[T]):
         self.log: TrainingLog | None = None  # of the first rank, while it trains
 
     @property
+    def n_samples_drawn(self) -> int:
+        """Rows that were taken from the provider: those trained on and, before them, those of the scaling factor."""
+        return self.batches.n_taken
+
+    @property
     def leads(self) -> bool:
         """Whether this is the rank that logs and writes."""
         return self.shard.rank == 0
@@ -116,14 +125,17 @@ class SAETrainer(Generic[T]):
             The SAE, for inputs as they are: a scaling factor is folded into its weights.
 
         Raises:
-            UserError: the provider yields nothing or what cannot be trained on; the SAE diverges. On all ranks.
+            UserError: the provider yields nothing or what cannot be trained on; the SAE diverges; the logs or a
+                checkpoint cannot be written. On all ranks.
         """
         if self.finished:
             return self.sae
         if self.job.scales_inputs and self.activation_scaler.scaling_factor is None:
             self._find_scale()
         self.clock = (time.monotonic(), self.n_training_steps)
-        log = TrainingLog(self.cfg, self.n_training_steps, asdict(self.sae.cfg)) if self.leads else None
+        log = self._agree(
+            lambda: TrainingLog(self.cfg, self.n_training_steps, asdict(self.sae.cfg)) if self.leads else None
+        )
         with log or nullcontext():
             self.log = log
             try:
@@ -197,18 +209,22 @@ class SAETrainer(Generic[T]):
         now = time.monotonic()
         rate = (steps - self.clock[1]) * self.batches.batch / max(now - self.clock[0], 1e-9)
         self.clock = (now, steps)
-        if self.log is not None:
-            about = {
-                "details/current_learning_rate": learning_rate(
-                    steps - 1, self.cfg.total_training_steps, self.job.spec.train
-                ),
-                "details/n_training_samples": samples,
-                "stream/non_finite_rows": self.n_non_finite,
-                "perf/tokens_per_second": rate,
-            }
-            self.log.write(steps, {"tokens": samples, **values, **about})
+        about = {
+            "details/current_learning_rate": learning_rate(
+                steps - 1, self.cfg.total_training_steps, self.job.spec.train
+            ),
+            "details/n_training_samples": samples,
+            "stream/non_finite_rows": self.n_non_finite,
+            "perf/tokens_per_second": rate,
+        }
+        self._log({**values, **about})
         if values.get("details/skipped_updates", 0) > SKIP_LIMIT:
             raise self._diverged(steps)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """Logs what was measured after the last step. UserError, on all ranks, if it cannot be written."""
+        log, values = self.log, {"tokens": self.n_training_samples, **values}
+        self._agree(lambda: None if log is None else log.write(self.n_training_steps, values))
 
     def _diverged(self, step: int) -> UserError:
         return UserError(
@@ -218,11 +234,11 @@ class SAETrainer(Generic[T]):
 
     def _check_non_finite(self) -> None:
         """UserError if too many rows were left out so far: by the command's limit, or all."""
-        limit = NON_FINITE_LIMIT * max(self.n_training_samples, NON_FINITE_ROWS)
-        if self.n_non_finite > min(limit, self.n_training_samples - 1):
+        bad, rows = self.n_non_finite, self.n_training_samples
+        if too_many_non_finite(bad, rows) or bad == rows:
             raise UserError(
-                f"data_provider: {self.n_non_finite} of {self.n_training_samples} rows are NaN or infinite by step "
-                f"{self.n_training_steps}; yield finite rows (a model in float16 may overflow: try bfloat16)"
+                f"data_provider: {bad} of {rows} rows are NaN or infinite by step {self.n_training_steps}; "
+                "yield finite rows (a model in float16 may overflow: try bfloat16)"
             )
 
     def _say_end(self) -> None:
@@ -254,8 +270,7 @@ class SAETrainer(Generic[T]):
             return
         finally:
             self.sae.train()
-        if self.log is not None:
-            self.log.write(self.n_training_steps, {"tokens": self.n_training_samples, **flat(found)})
+        self._log(flat(found))
 
     def _finish(self) -> None:
         """Makes the SAE one for inputs as they are."""
@@ -282,17 +297,23 @@ class SAETrainer(Generic[T]):
 
     @property
     def feature_sparsity(self) -> Tensor:
-        """float64 ``[d_sae]``: the share of rows, in the present sampling window, on which each latent fired."""
+        """float64 ``[d_sae]``: the share of rows, in the present sampling window, on which each latent fired.
+
+        All ranks call it.
+        """
         return self.shard.all_gather(self.job.fired_count).flatten().double() / self.job.window_tokens.clamp(min=1)
 
     @property
     def log_feature_sparsity(self) -> Tensor:
-        """float32 ``[d_sae]`` on the CPU: log10 of ``feature_sparsity`` plus 1e-10, as SAELens stores it."""
+        """float32 ``[d_sae]`` on the CPU: log10 of ``feature_sparsity`` plus 1e-10, as SAELens stores it.
+
+        All ranks call it.
+        """
         return torch.log10(self.feature_sparsity + 1e-10).float().cpu()
 
     @property
     def dead_neurons(self) -> Tensor:
-        """bool ``[d_sae]``: the latents that have not fired for ``dead_feature_window`` steps."""
+        """bool ``[d_sae]``: the latents that have not fired for ``dead_feature_window`` steps. All ranks call it."""
         since = self.shard.all_gather(self.job.tokens_since_fired).flatten()
         return since > self.job.spec.train.dead_feature_window_tokens
 
@@ -321,22 +342,24 @@ class SAETrainer(Generic[T]):
         The folder ``checkpoint_path/checkpoint_name`` appears whole or not at all. It is that of a released SAE, which
         ``SAE.load_from_disk`` and SAELens's read; its ``state/`` is for ``load_trainer_state``, on any number of ranks.
 
+        One of the same name is replaced.
+
         Raises:
-            UserError: there is no checkpoint_path, no step was made, or the SAE has diverged.
+            UserError: there is no checkpoint_path, no step was made, the name is none of a folder, the disk is full or
+                cannot be written, or the SAE has diverged. On all ranks.
         """
         if self.cfg.checkpoint_path is None:
             raise UserError("checkpoint_path: None, so that there is no place for a checkpoint; name a folder")
         if not self.n_training_steps:
             raise UserError(f"checkpoint {checkpoint_name}: no step was made yet; save it after fit has begun")
+        if checkpoint_name in ("", "..") or Path(checkpoint_name).name != checkpoint_name:
+            raise UserError(f"checkpoint_name: {checkpoint_name!r} must be the name of a folder, without / and ..")
         base = Path(self.cfg.checkpoint_path)
         folder, aside = base / checkpoint_name, base / f".writing_{checkpoint_name}"
         state = aside / STATE
         self._fit_for_release()
         self.job.check_replicas()
-        if self.leads:
-            shutil.rmtree(aside, ignore_errors=True)
-            state.mkdir(parents=True)
-        self._meet()
+        self._agree(lambda: _renew(aside, state) if self.leads else None)
         before = self.sae.metadata
         self.sae.metadata = {**before, **self._statistics()}
         try:
@@ -344,45 +367,59 @@ class SAETrainer(Generic[T]):
         finally:
             self.sae.metadata = before
         sparsity = self.log_feature_sparsity
-        digests = [checkpoint.save_rows(state, state, self.job.row_tensors(), self.job.start)]
-        if self.leads:
-            save(aside / SPARSITY, {"sparsity": sparsity})
-            digests.append(checkpoint.save_replicated(state, state, self.job.replicated_tensors()))
-        merged = self._gather({name: digest for part in digests for name, digest in part.items()})
-        if self.leads:
-            checkpoint.mark(state, merged, self._state_meta())
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-        self._meet()
-        if self.log is not None:
-            self.log.store(folder, "sae", [WEIGHTS_FILE, CFG_FILE, SPARSITY])
+        merged = self._gather(self._agree(lambda: self._write_state(aside, sparsity)))
+        self._agree(lambda: self._complete(aside, folder, merged) if self.leads else None)
         if self.save_checkpoint_fn is not None:
             self.save_checkpoint_fn(checkpoint_path=folder)
         return folder
 
+    def _write_state(self, aside: Path, sparsity: Tensor) -> dict[str, Any]:
+        """This rank's files of a checkpoint: their digests."""
+        state = aside / STATE
+        digests = checkpoint.save_rows(state, state, self.job.row_tensors(), self.job.start)
+        if self.leads:
+            save(aside / SPARSITY, {"sparsity": sparsity})
+            digests |= checkpoint.save_replicated(state, state, self.job.replicated_tensors())
+        return digests
+
+    def _complete(self, aside: Path, folder: Path, digests: dict[str, Any]) -> None:
+        """Puts a checkpoint in its place when all ranks' files are there."""
+        checkpoint.mark(aside / STATE, digests, self._state_meta())
+        checkpoint.put_in_place(aside, folder, folder.with_name(f".replaced_{folder.name}"))
+        if self.log is not None:
+            self.log.store(folder, "sae", [WEIGHTS_FILE, CFG_FILE, SPARSITY])
+
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Takes up the training where a checkpoint left it: weights, optimizer, counts. All ranks call it before `fit`.
 
-        The provider is the script's own: let it yield the rows after the first ``n_training_samples``.
+        The provider is the script's own: let it yield the rows after the first ``n_samples_drawn``. These are more than
+        ``n_training_samples`` where a scaling factor was found first.
 
         Raises:
             UserError: the folder is no checkpoint of a trainer, is damaged, or is of another SAE.
         """
-        state = Path(checkpoint_path) / STATE
         if self.n_training_steps:
             raise UserError(f"{checkpoint_path}: this trainer has trained already; load it into a new SAETrainer")
+        folder = Path(checkpoint_path)
+        meta = self.shard.agree(lambda: self._read_state(folder), str(folder))
+        self.shard.agree(lambda: self.job.load(folder / STATE), str(folder))
+        self.n_training_steps, self.n_training_samples = meta["n_training_steps"], meta["n_training_samples"]
+        self.batches.n_taken = meta["n_samples_drawn"]
+        self.n_non_finite = meta["n_non_finite"]
+        if self.job.scales_inputs:
+            self.activation_scaler.scaling_factor = self.job.scale.item()
+
+    def _read_state(self, checkpoint_path: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself, after this rank's share of its files was checked."""
+        state = checkpoint_path / STATE
         if not (state / checkpoint.META).is_file():
             raise UserError(f"{checkpoint_path}: holds no {STATE}/{checkpoint.META}; give a checkpoint of SAETrainer")
-        if problems := checkpoint.verify(state):
+        if problems := checkpoint.verify(state, (self.shard.rank, self.shard.size)):
             raise UserError(f"{problems[0]}; go on from another checkpoint")
         meta = checkpoint.read_meta(state)
         if different := differences(meta["sae"], self.sae.cfg.to_dict(), "sae"):
             raise UserError(f"{checkpoint_path}: is of another SAE: {different[0]}; make the SAE with the same config")
-        self.job.load(state)
-        self.n_training_steps, self.n_training_samples = meta["n_training_steps"], meta["n_training_samples"]
-        self.n_non_finite = meta["n_non_finite"]
-        if self.job.scales_inputs:
-            self.activation_scaler.scaling_factor = self.job.scale.item()
+        return meta
 
     def _state_meta(self) -> dict[str, Any]:
         return {
@@ -390,12 +427,13 @@ class SAETrainer(Generic[T]):
             "trainer": asdict(self.cfg),
             "n_training_steps": self.n_training_steps,
             "n_training_samples": self.n_training_samples,
+            "n_samples_drawn": self.n_samples_drawn,
             "n_non_finite": self.n_non_finite,
         }
 
-    def _meet(self) -> None:
-        """Returns when all ranks are here."""
-        self.shard.all_reduce(torch.zeros((), device=self.sae.device))
+    def _agree(self, attempt: Callable[[], R]) -> R:
+        """Runs ``attempt`` on every rank; what a user can put right on one of them, its disk too, ends all."""
+        return self.shard.agree(attempt, f"checkpoint_path: {self.cfg.checkpoint_path}")
 
     def _gather(self, digests: dict[str, Any]) -> dict[str, Any]:
         """The digests of all ranks' files."""
@@ -421,11 +459,22 @@ def _check_sae(sae: Any) -> None:
         raise UserError(f"sae.{name}: {getattr(sae.cfg, name)!r} {problem}")
     if sae.W_dec.dtype != sae.dtype:
         raise UserError(f"sae: has become {sae.W_dec.dtype}, but its config says {sae.dtype}; set dtype in its config")
+
+
+def _check_launch(sae: TrainingSAE, cfg: SAETrainerConfig) -> None:
+    """A note where the processes of a launch share nothing; UserError where they would write over one another."""
     rank, world_size, _ = topology.world_from_environment()
-    if world_size > 1 and sae.shard.size == 1 and rank == 0:
-        print(
-            f"note: {world_size} processes were launched, but each trains an SAE of its own; to share one between "
-            "them, make it with TrainingSAE.from_dict(cfg, shard=launched_shard())",
-            file=sys.stderr,
-            flush=True,
-        )
+    if world_size == 1 or sae.shard.size > 1:
+        return
+    said = f"{world_size} processes were launched, but each trains an SAE of its own"
+    remedy = "to share one between them, make it with TrainingSAE.from_dict(cfg, shard=launched_shard())"
+    if cfg.checkpoint_path is not None:
+        raise UserError(f"checkpoint_path: {cfg.checkpoint_path!r} would be written by all: {said}; {remedy}")
+    if rank == 0:
+        print(f"note: {said}; {remedy}", file=sys.stderr, flush=True)
+
+
+def _renew(folder: Path, inner: Path) -> None:
+    """Makes ``inner``, below ``folder``, of which nothing stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    inner.mkdir(parents=True)

@@ -39,6 +39,11 @@ NON_FINITE_ROWS = 100_000
 SKIP_LIMIT = 100
 
 
+def too_many_non_finite(bad: int, rows: int) -> bool:
+    """Whether a run ends because ``bad`` of its ``rows`` so far are NaN or infinite."""
+    return bad > NON_FINITE_LIMIT * max(rows, NON_FINITE_ROWS)
+
+
 class Stream(Protocol):
     """Where chunks come from: ``transport.Receiver`` or ``transport.ColocatedExchange``."""
 
@@ -345,7 +350,7 @@ class Trainer:
         rows = self.step * self.schedule.batch
         for name, counts in self.left_out.items():
             bad = int(counts[0])
-            if bad > NON_FINITE_LIMIT * max(rows, NON_FINITE_ROWS):
+            if too_many_non_finite(bad, rows):
                 raise UserError(
                     f"hookpoints: {bad} of {rows} activations at {name} are NaN or infinite by step {self.step}; try "
                     f"model.dtype: float32 (now {self.config.model.dtype}) or another hookpoint"

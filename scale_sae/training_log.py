@@ -1,76 +1,36 @@
 """What `SAETrainer` says of a training: a progress bar, ``metrics.jsonl``, wandb. Names of metrics: SAELens's."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
-from scale_sae.metrics import begin_wandb, for_wandb
-from scale_sae.progress import progress_bar
+from scale_sae.metrics import RunLog, begin_wandb
 from scale_sae.sae_trainer_config import SAETrainerConfig
 
 METRICS = "metrics.jsonl"
 
 
-class TrainingLog:
-    """The first rank's logs, as a context. A wandb run that the script has begun is used, and left open."""
+class TrainingLog(RunLog):
+    """The first rank's logs. A wandb run that the script has begun is used, and left open."""
 
     def __init__(self, cfg: SAETrainerConfig, step: int, sae_cfg: Mapping[str, Any]):
-        """Goes on after ``step`` steps: what ``metrics.jsonl`` holds of later ones is dropped."""
+        """Goes on after ``step`` steps."""
         self.cfg = cfg
-        self.file = None
-        if cfg.checkpoint_path is not None:
-            path = Path(cfg.checkpoint_path) / METRICS
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = path.read_text().splitlines() if step and path.exists() else []
-            self.file = path.open("w")
-            self.file.writelines(f"{line}\n" for line in kept if _step_of(line) <= step)
-        self.wandb, self.owns_run = None, False
-        if cfg.logger.log_to_wandb:
-            self.wandb, self.owns_run = _wandb_run(cfg, sae_cfg)
+        path = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path) / METRICS
+        begin = partial(self._wandb_run, sae_cfg) if cfg.logger.log_to_wandb else None
         batch = cfg.train_batch_size_samples
-        self.bar = progress_bar(cfg.total_training_steps * batch, "training", "row", step * batch)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.bar.close()
-        if self.file is not None:
-            self.file.close()
-        if self.wandb is not None and self.owns_run:
-            self.wandb.finish(exit_code=int(error is not None))
-
-    def advance(self) -> None:
-        """One step more."""
-        self.bar.update(self.cfg.train_batch_size_samples)
-
-    def say(self, line: str) -> None:
-        """A line on stderr that does not break the bar."""
-        self.bar.write(line, file=self.bar.fp)
+        super().__init__(path, "checkpoint_path", cfg.total_training_steps, batch, "row", step, begin)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Logs metrics after ``step`` steps: all to wandb, numbers and lists of them to the file."""
-        if self.file is not None:
-            plain = {name: value for name, value in values.items() if isinstance(value, int | float | list | str)}
-            self.file.write(json.dumps({"step": step, "sae_id": "sae", **plain}) + "\n")
-            self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log({name: for_wandb(name, value) for name, value in values.items()}, step=step)
+        plain = {name: value for name, value in values.items() if isinstance(value, int | float | list | str)}
+        self.put(step, [{"step": step, "sae_id": "sae", **plain}], values)
         if "losses/overall_loss" in values:
-            self.bar.set_postfix(
-                {
-                    "loss": f"{values['losses/overall_loss']:.3g}",
-                    "L0": f"{values['metrics/l0']:.1f}",
-                    "EV": f"{values['metrics/explained_variance']:.3f}",
-                    "dead": f"{values['sparsity/dead_features']:.0f}",
-                },
-                refresh=False,
-            )
+            self.show([values])
 
     def store(self, folder: Path, name: str, files: list[str]) -> None:
         """Stores an SAE that was saved with wandb, as an artifact, if the config asks for it."""
@@ -83,6 +43,24 @@ class TrainingLog:
             artifact.add_file(str(folder / file))
         self.wandb.log_artifact(artifact, aliases=["latest", folder.name])
 
+    def _wandb_run(self, sae_cfg: Mapping[str, Any]) -> Any:
+        """The run that the script has begun, or a new one."""
+        import wandb
+
+        if wandb.run is not None:
+            self.owns_wandb = False
+            return wandb.run
+        logger = self.cfg.logger
+        return begin_wandb(
+            "logger",
+            project=logger.wandb_project,
+            entity=logger.wandb_entity,
+            name=logger.run_name,
+            id=logger.wandb_id,
+            dir=self.cfg.checkpoint_path,
+            config={**asdict(self.cfg), "sae": dict(sae_cfg)},
+        )
+
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """An evaluator's figures, nested ones under ``outer/inner``, tensors of one number as numbers."""
@@ -94,30 +72,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             is_number = isinstance(value, Tensor) and value.numel() == 1
             found[f"{prefix}{name}"] = value.item() if is_number else value
     return found
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of ``metrics.jsonl``; infinite for half a line, which a killed run leaves."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")
-
-
-def _wandb_run(cfg: SAETrainerConfig, sae_cfg: Mapping[str, Any]) -> tuple[Any, bool]:
-    """The run that the script has begun, or a new one; whether it is a new one."""
-    import wandb
-
-    if wandb.run is not None:
-        return wandb.run, False
-    logger = cfg.logger
-    run = begin_wandb(
-        "logger",
-        project=logger.wandb_project,
-        entity=logger.wandb_entity,
-        name=logger.run_name,
-        id=logger.wandb_id,
-        dir=cfg.checkpoint_path,
-        config={**asdict(cfg), "sae": dict(sae_cfg)},
-    )
-    return run, True

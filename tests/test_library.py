@@ -1,6 +1,8 @@
 """The trainer as a library: scripts written for SAELens, on one process and with the latents shared over several."""
 
+import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from scale_sae import (
     TrainingSAE,
     TrainingSAEConfig,
     TrainStepInput,
+    checkpoint,
     launched_shard,
     mixing_buffer,
 )
@@ -225,6 +228,7 @@ def test_a_ranks_evaluator_sees_the_same_batches(tmp_path: Path) -> None:
 def test_the_log(tmp_path: Path) -> None:
     logger = LoggingConfig(log_to_wandb=False, wandb_log_frequency=4)
     sae = TrainingSAE.from_dict(ARCHITECTURES["topk"].to_dict())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\nof another program\n')
     SAETrainer(settings(10, logger=logger, checkpoint_path=str(tmp_path)), sae, provider()).fit()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 4, 8, 10]
@@ -363,7 +367,8 @@ def checkpointed(folder: Path, architecture: str, world: int, resume: Path | Non
         if resume is not None:
             trainer.load_trainer_state(resume)
             skipped = 7 if trainer.activation_scaler.scaling_factor is not None else 0  # those of the scaling factor
-            assert len(list(islice(rows, skipped + trainer.n_training_steps))) == skipped + 9
+            assert trainer.n_samples_drawn == (skipped + 9) * BATCH
+            assert len(list(islice(rows, skipped + 9))) == skipped + 9
         trainer.fit().save_inference_model(folder / "end")
 
     run_ranks(world, worker)
@@ -407,7 +412,13 @@ def test_state_that_cannot_be_taken_up(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no step was made"):
         first.save_checkpoint("early")
     first.fit()
+    for name in ("", ".", "..", "a/b", "../mine", "/mine"):
+        with pytest.raises(UserError, match=f"checkpoint_name: '{re.escape(name)}' must be the name of a folder"):
+            first.save_checkpoint(name)
     folder = first.save_checkpoint("mine")
+    first.save_checkpoint_fn = None
+    assert first.save_checkpoint("mine") == folder  # in place of the first
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "mine"}
     assert told == [folder] == [tmp_path / "mine"]
     with pytest.raises(UserError, match="has trained already"):
         first.load_trainer_state(folder)
@@ -420,6 +431,66 @@ def test_state_that_cannot_be_taken_up(tmp_path: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"rows_.* bytes instead of .*; go on from another checkpoint"):
         trainer(cfg).load_trainer_state(folder)
+
+
+def test_a_checkpoint_is_never_lost_to_the_next(tmp_path: Path) -> None:
+    """The first one is still there if there is no second one to put in its place."""
+    final, replaced = tmp_path / "final", tmp_path / ".replaced_final"
+    (final / "state").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.put_in_place(tmp_path / ".writing_final", final, replaced)
+    assert (replaced / "state").is_dir()
+
+
+def test_what_the_first_rank_cannot_write_ends_all(tmp_path: Path) -> None:
+    """One message on all ranks: none of them waits for one that has given up."""
+    (tmp_path / "file").touch()
+
+    def worker(rank: int, world: int) -> list[str]:
+        said = []
+        sae = TrainingSAE.from_dict(ARCHITECTURES["topk"].to_dict(), shard=launched_shard())
+
+        def trainer(folder: str, rows: DataProvider | None = None) -> SAETrainer[Any]:
+            return SAETrainer(settings(4, checkpoint_path=str(tmp_path / folder)), sae, rows)
+
+        def full() -> Iterator[Tensor]:
+            """Lets the disk be full once two batches are drawn."""
+            yield from islice(provider(), 2)
+            assert filling.log is not None and filling.log.file is not None
+            filling.log.file.close()
+            filling.log.file = Path("/dev/full").open("a")  # noqa: SIM115 (closed by the log)
+            yield from provider()
+
+        def refused(attempt: Callable[[], Any]) -> None:
+            with pytest.raises(UserError) as caught:
+                attempt()
+            said.append(str(caught.value))
+
+        refused(trainer("file/below").fit)
+        filling = trainer("full", full())
+        refused(filling.fit)
+        trained = trainer("saved", provider())
+        trained.fit()
+        folder = trained.save_checkpoint("good")
+        if rank == 0:
+            (folder.parent / ".writing_next").touch()
+            (damaged,) = (folder / "state").glob("rows_0000000032*")
+            damaged.write_bytes(damaged.read_bytes()[:-8])
+        refused(lambda: trained.save_checkpoint("next"))
+        refused(lambda: trained.fit().save_inference_model(tmp_path / "file"))
+        refused(lambda: trainer("other").load_trainer_state(folder))
+        return said
+
+    first, second = run_ranks(2, worker)
+    assert first == second and all("\n" not in line for line in first)
+    assert (
+        first[0] == f"checkpoint_path: {tmp_path}/file/below cannot be used "
+        f"([Errno 20] Not a directory: '{tmp_path}/file/below'); make room, or name another folder"
+    )
+    assert first[1] == "checkpoint_path: /dev/full cannot be written: No space left on device; make room"
+    assert first[2].startswith(f"checkpoint_path: {tmp_path}/saved cannot be used (")
+    assert first[3].startswith(f"{tmp_path}/file cannot be used ([Errno 17] File exists")
+    assert re.search(r"rows_0000000032_0000000064.safetensors has \d+ bytes instead of", first[4])
 
 
 # ---- what providers yield --------------------------------------------------------------------------------------------
@@ -445,6 +516,51 @@ def test_batches_of_any_size_are_cut_to_the_training_batch() -> None:
     whole, cut = trained_on(provider()), trained_on(pieces())
     assert torch.equal(whole.sae.W_dec, cut.sae.W_dec)
     assert torch.equal(trained_on(list(rows.split(64))).sae.W_dec, cut.sae.W_dec)  # any iterable will do
+
+
+def test_a_provider_may_use_its_memory_again() -> None:
+    """Whole batches too: the last one is looked at when the training has ended, and a mixing buffer keeps rows."""
+
+    def refilled() -> Iterator[Tensor]:
+        memory = torch.empty(BATCH, D_IN, dtype=torch.float64)
+        for rows in islice(provider(), 4):
+            yield memory.copy_(rows)
+        memory.fill_(torch.nan)
+
+    batches = list(islice(provider(), 4))
+    last = trained_on(refilled(), steps=5).job.last_rows
+    assert last is not None and torch.equal(last, batches[-1])
+    mixed = zip(mixing_buffer(160, 16, refilled(), seed=0), mixing_buffer(160, 16, iter(batches), seed=0), strict=True)
+    assert all(torch.equal(one, other) for one, other in mixed)
+
+
+def test_a_provider_may_turn_gradients_off() -> None:
+    def yields_inside(mode: Any) -> Iterator[Tensor]:
+        with mode:
+            yield from provider()
+
+    def made_inside() -> Iterator[Tensor]:
+        for rows in provider():
+            with torch.inference_mode():
+                made = rows * 1
+            assert made.is_inference()
+            yield made
+
+    def mixed(rows: Iterator[Tensor]) -> Iterator[Tensor]:
+        return mixing_buffer(160, 16, rows, seed=0)
+
+    plain, plain_mixed = trained_on(provider()).sae.W_dec, trained_on(mixed(provider())).sae.W_dec
+    for rows in (yields_inside(torch.no_grad()), made_inside()):
+        assert torch.equal(trained_on(rows).sae.W_dec, plain)
+    for rows in (yields_inside(torch.no_grad()), made_inside()):
+        assert torch.equal(trained_on(mixed(rows)).sae.W_dec, plain_mixed)
+    rows = yields_inside(torch.inference_mode())
+    try:
+        with pytest.raises(UserError, match=r"data_provider: yields inside torch.inference_mode\(\)"):
+            trained_on(rows)
+    finally:
+        rows.close()  # type: ignore[attr-defined]  # a generator; it ends the mode
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -569,6 +685,14 @@ def test_processes_that_share_nothing_are_told(
         monkeypatch.setenv(name, value)
     SAETrainer(settings(4), TrainingSAE.from_dict(ARCHITECTURES["topk"].to_dict()), provider())
     assert "2 processes were launched, but each trains an SAE of its own" in capsys.readouterr().err
+    with pytest.raises(UserError, match="checkpoint_path: 'out' would be written by all: 2 processes were launched"):
+        SAETrainer(settings(4, checkpoint_path="out"), TrainingSAE.from_dict(ARCHITECTURES["topk"].to_dict()), None)
+
+
+def test_sums_on_a_gpu_are_the_same_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert launched_shard().size == 1
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # one of the two that PyTorch's notes name for this
 
 
 def test_an_sae_that_diverges(tmp_path: Path) -> None:
@@ -610,6 +734,28 @@ def test_mixing_buffer_has_a_seed_and_shuffles_the_end() -> None:
     one, same, other = (torch.cat(list(mixing_buffer(500, 10, documents(8), seed=seed))) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert not torch.equal(one.sort(dim=0).values, one)  # smaller than the buffer, and mixed all the same
+
+
+def test_mixing_buffer_holds_its_rows_once() -> None:
+    width = 977  # of no other tensor
+
+    def held() -> int:
+        tensors = [found for found in gc.get_objects() if type(found) is Tensor and found.shape[-1:] == (width,)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values()) // (4 * width)
+
+    def loader() -> Iterator[Tensor]:
+        for number in range(40):
+            if number == 29:  # the last before rows are served for the second time
+                found.append(held())
+            yield torch.zeros(50, width)
+
+    found: list[int] = []
+    batches = mixing_buffer(1000, 100, loader(), seed=0)
+    for _ in range(6):
+        assert next(batches).shape == (100, width)
+    # A buffer, and what the loader yielded last.
+    assert found[0] <= 1000 + 50 and held() <= 1000 + 50
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
             pytest.raises(UserError) as caught,
             MetricsWriter(tmp_path / "run", LoggingConfig(), 1, 1, 0, {}) as writer,
         ):
+            assert writer.file is not None
             writer.file.close()
             writer.file = Path("/dev/full").open("a")  # noqa: SIM115 (closed by the writer)
             writer.write(1, [{"step": 1, "sae_id": "a"}])
