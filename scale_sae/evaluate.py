@@ -11,7 +11,6 @@ of one process.
 import gc
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -36,7 +35,7 @@ from scale_sae.hook_names import names_of
 from scale_sae.progress import progress_bar
 from scale_sae.reconstruction import Figures, Reconstruction, reconstructed
 from scale_sae.saes.inference import CFG_FILE, SAE, read_cfg
-from scale_sae.session import Session, agree, run_command
+from scale_sae.session import Session, agree, end_process, run_command
 from scale_sae.topology import LMRanks
 from scale_sae.train import open_model, set_tf32
 
@@ -467,11 +466,7 @@ def main(
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         return
-    code = run_command(lambda session: arguments(session))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: after a fault, other ranks' connections hang on this process, and its own threads wait for them.
-    os._exit(code)
+    end_process(run_command(lambda session: arguments(session)))
 
 
 if __name__ == "__main__":
