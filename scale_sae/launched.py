@@ -1,5 +1,6 @@
 """The shard of a researcher's own script: ``accelerate launch`` decides over how many processes latents are shared."""
 
+import atexit
 import os
 
 import torch.distributed as dist
@@ -25,6 +26,13 @@ def launched_shard() -> Shard:
         _, backend = topology.pick_device(local_rank)
         if not dist.is_initialized():
             topology.connect(rank, world_size, backend)
+            atexit.register(_part)
     if not dist.is_initialized():
         return Shard()
     return Shard(dist.get_rank(), dist.get_world_size())
+
+
+def _part() -> None:
+    """Ends the group's threads while Python still stands: at its end they may abort the process, or NCCL complains."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

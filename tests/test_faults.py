@@ -191,7 +191,8 @@ ONCE = [("a checkpoint", 0)]
 MORE = [("the start", 1), ("a step", 3), ("a checkpoint", 1), ("the start", 0), ("a step", 0)]
 
 
-@pytest.mark.parametrize("kills", [ONCE, pytest.param(MORE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [ONCE, MORE])
 def test_the_launcher_restarts_lost_ranks(
     kills: list[tuple[str, int]], tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:

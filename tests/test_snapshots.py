@@ -307,6 +307,7 @@ def may_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run([*MOUNT, script], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="mounting is not permitted here")
 def test_a_full_disk(tmp_path: Path, waited: Path) -> None:
     """A file system with room for one checkpoint and a half, then with more; the ranks are launched for real."""
