@@ -8,7 +8,8 @@ import datetime
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -342,6 +343,22 @@ def connect(rank: int, world_size: int, backend: str, base: Store | None = None)
     return PrefixStore("run", store)
 
 
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[Store]:
+    """This process as ``rank`` of a world whose other ranks do not exist; ``build`` takes the backend "fake" then.
+
+    Nothing is sent and nothing waits (torch's fake process group): for trying a topology without its machines.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    try:
+        yield store
+    finally:
+        dist.destroy_process_group()
+
+
 def build(
     plan: Plan,
     rank: int,
@@ -359,6 +376,7 @@ def build(
     later, in an order that could differ between ranks.
     """
     made: list[tuple[tuple[int, ...], dist.ProcessGroup]] = []
+    small = "fake" if backend == "fake" else "gloo"  # of the groups for small CPU messages
 
     def group(
         ranks: Sequence[int], kind: str, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
@@ -369,10 +387,10 @@ def build(
         made.append((tuple(ranks), handle))
         return handle
 
-    control = group(range(plan.world_size), "gloo", CONTROL_TIMEOUT)
+    control = group(range(plan.world_size), small, CONTROL_TIMEOUT)
     assert control is not None
-    sae_control = group(plan.sae_ranks, "gloo")
-    checkpoint_control = group(plan.sae_ranks, "gloo")
+    sae_control = group(plan.sae_ranks, small)
+    checkpoint_control = group(plan.sae_ranks, small)
     shard = _shard(plan, rank, lambda ranks: group(ranks, backend))
     dp_mesh = None
     if plan.engine == "fsdp2" and shard.dp.group is not None:
@@ -380,15 +398,15 @@ def build(
     lm_mesh, lm_control = None, None
     if not plan.colocated:
         for ranks in plan.lm:
-            handle, twin = group(ranks, backend), group(ranks, "gloo")
+            handle, twin = group(ranks, backend), group(ranks, small)
             if handle is not None:
                 lm_mesh, lm_control = DeviceMesh.from_group(handle, device.type), twin
     data, header = {}, {}
     for key, ranks in _wires(plan).items():
-        wire, twin = group(ranks, backend), group(ranks, "gloo")
+        wire, twin = group(ranks, backend), group(ranks, small)
         if wire is not None and twin is not None:
             data[key], header[key] = wire, twin
-    evaluation = group(range(plan.world_size), "gloo") if evaluates else None
+    evaluation = group(range(plan.world_size), small) if evaluates else None
     for _, handle in made:
         dist.all_reduce(torch.zeros(1, device=device if handle.name() == "nccl" else "cpu"), group=handle)
     return Topology(

@@ -4,10 +4,21 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from scale_sae.config import LMTopology, SAETopology, TopologyConfig
 from scale_sae.errors import UserError
-from scale_sae.topology import Job, Plan, check_world_size, gpus_of_ranks, pick_devices, plan, split_jobs
+from scale_sae.topology import (
+    Job,
+    Plan,
+    build,
+    check_world_size,
+    fake_world,
+    gpus_of_ranks,
+    pick_devices,
+    plan,
+    split_jobs,
+)
 
 
 def jobs(count: int, per_hookpoint: int = 1) -> list[Job]:
@@ -145,3 +156,24 @@ def test_wrong_number_of_ranks_names_both_and_a_command() -> None:
     check_world_size(topology, 4, "-m scale_sae.train --config c.yaml")
     with pytest.raises(UserError, match=r"needs 4 ranks but 3 were started.*--num_processes 4 .*--config c\.yaml"):
         check_world_size(topology, 3, "-m scale_sae.train --config c.yaml")
+
+
+def test_every_rank_of_a_world_that_does_not_exist() -> None:
+    """Two SAE groups of dp x tp and two copies of the model, built rank by rank in this process."""
+    laid_out = TopologyConfig(lm=LMTopology(tp=2, dp=2), sae=SAETopology(groups=2, dp=2, tp=4), engine="fsdp2")
+    planned = plan(laid_out, jobs(4), 64)
+    assert planned.world_size == 20
+    for rank in range(planned.world_size):
+        with fake_world(rank, planned.world_size) as store:
+            place = build(planned, rank, torch.device("cpu"), "fake", store)
+            group = planned.group_of(rank)
+            assert place.group == group
+            if group is None:
+                assert place.lm_mesh is not None and place.lm_mesh.mesh.tolist() == list(planned.lm[(rank - 16) // 2])
+                continue
+            p, t = divmod(rank % 8, 4)
+            assert (place.shard.rank, place.shard.size, place.shard.dp.rank, place.shard.dp.size) == (t, 4, p, 2)
+            assert place.shard.group is not None and place.shard.dp.group is not None
+            assert dist.get_process_group_ranks(place.shard.group) == list(group.ranks[4 * p : 4 * p + 4])
+            assert dist.get_process_group_ranks(place.shard.dp.group) == list(group.ranks[t::4])
+    assert not dist.is_initialized()
