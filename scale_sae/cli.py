@@ -5,7 +5,7 @@ import sys
 
 import fire
 
-COMMANDS = ("bench", "cache_activations", "consolidate", "evaluate", "pretokenize", "report", "train", "upload")
+COMMANDS = ("bench", "cache_activations", "consolidate", "evaluate", "plan", "pretokenize", "report", "train", "upload")
 
 
 def main() -> None:

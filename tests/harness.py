@@ -29,6 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_sae.kernels import workspace
+
 
 class RankError(RuntimeError):
     """A rank failed: the message holds the traceback of the one that failed first, ``rank`` is its number."""
@@ -138,6 +140,7 @@ def _rank_main(
     faulthandler.enable(stack)
     faulthandler.dump_traceback_later(timeout, file=stack)
     renew_thread_pool()
+    workspace._kept.__dict__.clear()  # what steps in the parent have left, so that a rank's memory is all its own
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

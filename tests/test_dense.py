@@ -102,16 +102,29 @@ def test_shards_may_go_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", [Case("standard"), Case("gated"), Case("jumprelu", n_dead=3)], ids=str)
 def test_both_ways_in_bfloat16(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64 the way on few entries, which sums in float32, is at most as wrong as that on all."""
+    """Against float64 the way on few entries, which sums in float32, is at most as wrong as that on all.
+
+    And so are shards of which some go one way and some the other: what they send each other has one type.
+    """
+    shares = [count_share(case, Shard(rank, 4)) for rank in range(4)]
+    between = (min(shares) + max(shares)) / 2
+    ways = [
+        (1, ON_ALL, torch.float64),
+        (1, ON_ALL, torch.bfloat16),
+        (1, ON_SOME, torch.bfloat16),
+        (4, between, torch.bfloat16),
+    ]
     found = []
-    for share, dtype in ((ON_ALL, torch.float64), (ON_ALL, torch.bfloat16), (ON_SOME, torch.bfloat16)):
+    for tp, share, dtype in ways:
         monkeypatch.setitem(dense.DENSE_ABOVE, "cpu", share)
-        (step,) = sharded_steps(1, [our_step(case, dtype)])
+        (step,) = sharded_steps(tp, [our_step(case, dtype)])
         found.append({name: x.double() for name, x in step.items() if name.startswith(("grad", "loss", "sae_out"))})
-    exact, on_all, on_some = found
-    by_all, by_some = differences(on_all, exact), differences(on_some, exact)
-    # Roundings of 1/256, which may add up or cancel in either.
-    assert all(by_some[name] <= 2 * by_all[name] + 2**-7 for name in exact), (by_all, by_some)
+    exact, on_all, *others = found
+    by_all = differences(on_all, exact)
+    for other in others:
+        by_other = differences(other, exact)
+        # Roundings of 1/256, which may add up or cancel in either.
+        assert all(by_other[name] <= 2 * by_all[name] + 2**-7 for name in exact), (by_all, by_other)
 
 
 def count_share(case: Case, shard: Shard) -> float:

@@ -22,6 +22,7 @@ LAYERS = [
     {"trainer"},
     {"sae_trainer"},
     {"held_out", "reconstruction", "evaluation"},
+    {"planning"},
     {
         "session",
         "train",
@@ -33,6 +34,7 @@ LAYERS = [
         "consolidate",
         "upload",
         "evaluate",
+        "plan",
         "cli",
         "bench",
         "report",

@@ -200,7 +200,8 @@ def of_an_sae(architecture: str, s: Sizes) -> Expected:
             found.update(("tp", "all_reduce", 2 * 4 * bins) for bins in histograms)
             found["tp", "all_gather", s.tp * s.rows * 4] += 1  # ties of each row
         if architecture == "jumprelu":
-            found["tp", "all_reduce", 2 * s.rows * s.itemsize] += 2  # a sum over the latents of each row, per penalty
+            # A sum over the latents of each row, per penalty, in float32 at least.
+            found["tp", "all_reduce", 2 * s.rows * max(4, s.itemsize)] += 2
     if s.dp > 1:
         # W_enc, W_dec and the vectors over latents; gradients are summed in float32 at least.
         wide = max(4, s.itemsize)

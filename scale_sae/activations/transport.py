@@ -68,7 +68,8 @@ def kept_rows(source: ActivationSource, chunk: Chunk, device: torch.device) -> d
     """The LM's activations at the kept positions of a chunk, in stream order: ``[rows, width]`` per hookpoint."""
     captured = source.capture(chunk.tokens.to(device))
     keep = chunk.keep.flatten().to(device)
-    return {name: values.flatten(0, 1)[keep] for name, values in captured.items()}
+    # One after the other: of all hookpoints of a large model they are most of its memory, and need not be there twice.
+    return {name: captured.pop(name).flatten(0, 1)[keep] for name in list(captured)}
 
 
 class Sender:

@@ -33,7 +33,10 @@ class Entries(Protocol):
         """``vector [n_latents]`` in a shape that goes with the entries' values."""
 
     def row_sums(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The sum of each row's values, ``[n_rows]``; with weights ``[n_latents]``, of values times their latent's."""
+        """The sum of each row's values; with weights ``[n_latents]``, of values times their latent's.
+
+        ``[n_rows]`` in float32 at least, whatever the entries: shards add theirs up, and each chose its own.
+        """
 
     def decode(self, values: Tensor, W: Tensor) -> Tensor:
         """``[n_rows, d]``: the sum of each row's values times the rows ``W [n_latents, d]`` of their latents."""
@@ -52,7 +55,8 @@ class AllEntries:
         return vector
 
     def row_sums(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
-        return values.sum(dim=-1) if weights is None else values @ weights
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return values.sum(dim=-1, dtype=wide) if weights is None else (values @ weights).to(wide)
 
     def decode(self, values: Tensor, W: Tensor) -> Tensor:
         return values @ W
