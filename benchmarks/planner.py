@@ -1,7 +1,7 @@
 """What the planner says against what happens, on this machine and with the model that comes with the package.
 
-    python benchmarks/planner.py            # three runs: memory, links, step time; some 3 minutes on 2 cores
-    python benchmarks/planner.py --search   # every topology of 4 ranks for two configs; some 5 minutes
+    python benchmarks/planner.py            # three runs: memory, links, step time; some 4 minutes on 2 cores
+    python benchmarks/planner.py --search   # every topology of 4 ranks for two configs; some 15 minutes
 
 Both calibrate (`scale_sae.plan --calibrate` under ``accelerate launch``), the first before each run. A run is a whole
 one, `scale_sae.train.run` on every rank; its step time is the mean over ``WINDOW`` steps behind the start, and what it
@@ -39,8 +39,9 @@ from scale_sae.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RANKS = 4
-# Steps before those that count, and those: whole rounds of chunks in every topology of 4 ranks.
-START, WINDOW = 8, 8
+# Steps before those that count, in which LM ranks get as far ahead as they may; those, whole rounds of chunks in every
+# topology of 4 ranks; and as many behind them as 3 copies of the model may be ahead, so that they work all along.
+START, WINDOW, BEHIND = 16, 24, 20
 BUFFER = 16384  # rows: 8 steps
 TOPK = {"name": "k32", "architecture": "topk", "d_sae": 8192, "k": 32}
 BATCHTOPK = {"name": "b32", "architecture": "batchtopk", "d_sae": 4096, "k": 32}
@@ -66,9 +67,8 @@ def run_of(changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "model": {"name": "embedded"},
         "data": {"context_size": 128, "chunk_contexts": 32, "exclude_special_tokens": False},
         "hookpoints": ["model.layers.1", "model.layers.3"],
-        # The last steps empty the buffer and need no more of the model: they come behind the window.
         "train": {
-            "training_tokens": (START + WINDOW + 1) * 2048 + BUFFER,
+            "training_tokens": (START + WINDOW + BEHIND) * 2048 + BUFFER,
             "train_batch_size_tokens": 2048,
             "lr": 1e-3,
         },
@@ -102,6 +102,8 @@ def rank(path: str, out: str) -> None:
         def advanced(trainer: Trainer, *args: Any) -> bool:
             went_on = advance(trainer, *args)
             seen.append((time.perf_counter(), moved.copy()))
+            if len(seen) == START + WINDOW and trainer.is_main:
+                (trainer.run_dir / "stop").touch()
             found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return went_on
 
@@ -155,6 +157,7 @@ def _as_rank(number: int, ranks: int, port: str, path: str, out: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
+    torch.set_num_threads(1)  # torch then replaces the pool of threads, which the fork has broken
     rank(path, out)
 
 
@@ -195,7 +198,7 @@ def compared() -> Iterator[str]:
             hardware = calibrated(folder)
             run = run_of(changes, folder)
             w = planned(run)
-            lm = profile(w.config, w.widths)
+            lm = profile(w.config, w.widths, hardware.kind)
             seen = launched(run, w.plan.world_size, folder)
         said = Estimate(w, hardware, RANKS, lm)
         for role in w.roles():
@@ -223,7 +226,7 @@ def searched() -> Iterator[str]:
             hardware = calibrated(Path(found))
             w = planned(run_of({**changes, "topology": {"lm": "colocated", "sae": {"tp": 1}}}, Path(found)))
         choices = sorted(every(w, hardware), key=lambda one: one.prediction.step_seconds)
-        chosen = search(w, hardware, RANKS, RANKS, partial(lm_of, w))[0].workload.config.topology
+        chosen = search(w, hardware, RANKS, RANKS, partial(lm_of, w, hardware))[0].workload.config.topology
         yield f"\n{name}: {len(choices)} topologies, in the planner's order; * is what --search puts first\n"
         yield "| topology | ranks | predicted ms | measured ms | ratio |"
         yield "|---|---|---|---|---|"
@@ -249,11 +252,11 @@ def every(w: Workload, hardware: Hardware) -> Iterator[Estimate]:
         laid_out += [replace(one, lm=replace(one.lm, dp=copies)) for copies in range(1, most + 1)]
     for one in laid_out:
         placed = w.on(one)
-        yield Estimate(placed, hardware, RANKS, lm_of(w, placed.config))
+        yield Estimate(placed, hardware, RANKS, lm_of(w, hardware, placed.config))
 
 
-def lm_of(w: Workload, run: config.RunConfig) -> LMProfile:
-    return profile(run, w.widths)
+def lm_of(w: Workload, hardware: Hardware, run: config.RunConfig) -> LMProfile:
+    return profile(run, w.widths, hardware.kind)
 
 
 def described(laid_out: config.TopologyConfig) -> str:

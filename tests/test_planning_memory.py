@@ -170,7 +170,7 @@ def test_a_step_holds_what_is_planned(name: str, tmp_path: Path) -> None:
     for what in ("buffer", "SAE parameters", "optimizer state"):
         assert plan[what] == found[what], what
     # The stream of `bench` is no transport, and a bench writes no checkpoint.
-    total = sum(plan.values()) - plan.get("transport", 0) - plan.get("checkpoint", 0)
+    total = sum(plan.values()) - sum(plan.get(what, 0) for what in ("transport", "checkpoint", "allocator"))
     print(f"{name}: planned {total / MIB:.1f} MiB, found {found['peak'] / MIB:.1f} MiB")
     tolerance = TOLERANCES.get(name, 0.1)
     assert (1 - tolerance) * total <= found["peak"] <= (1 + tolerance) * total + freed_late(run)
@@ -250,6 +250,14 @@ def test_in_a_colocated_run_the_fuller_of_model_and_step_counts(tmp_path: Path) 
     assert not step.keys() & {"pre-activations", "checkpoint"}
 
 
+def test_on_a_cpu_both_count_and_as_much_stays_freed(tmp_path: Path) -> None:
+    w, role, lm = colocated(tmp_path, 900 * MIB)
+    found, step = (by_name(items(w, role, profile, "cpu")) for profile in (lm, None))
+    assert found["LM activations"] == 900 * MIB and found["reconstructions"] == step["reconstructions"]
+    assert found["allocator"] == step["allocator"] + 900 * MIB
+    assert step["allocator"] >= step["reconstructions"] + step["codes"]
+
+
 def test_a_cached_run_has_no_language_model(tmp_path: Path) -> None:
     run = config_of(tmp_path, [TOPK], 4096, topology={"lm": {"cache": "somewhere"}, "sae": {"tp": 1}})
     w = Workload.of(run)
@@ -267,5 +275,5 @@ def test_items_have_one_name_each_and_say_how_to_change_them(tmp_path: Path) -> 
 
 ORDER = (
     *("LM weights", "LM activations", "SAE parameters", "gradients", "optimizer state", "codes", "reconstructions"),
-    *("pre-activations", "batch", "buffer", "transport", "checkpoint", "counters and rest"),
+    *("pre-activations", "batch", "buffer", "transport", "checkpoint", "counters and rest", "allocator"),
 )

@@ -190,6 +190,14 @@ class TestTraining:
         text = dataclasses.replace(text, sequence_separator_token=separator)
         assert torch.equal(contexts_of(dataclasses.replace(text, dataset=made)), contexts_of(text))
 
+    def test_a_part_of_a_split(self, documents: Path, tmp_path: Path) -> None:
+        """It is read as the split that it is of."""
+        made = self.make(tmp_path / "made", documents, split="train[:50%]")
+        data = DataConfig(made, context_size=CONTEXT, eval_fraction=0.0)
+        assert data.split == "train"
+        whole = dataclasses.replace(data, dataset=self.make(tmp_path / "whole", documents))
+        assert 0 < len(contexts_of(data)) < len(contexts_of(whole))
+
     def check(self, data: DataConfig, *words: str, model: ModelConfig | None = None) -> None:
         with pytest.raises(UserError) as error:
             contexts_of(data, model)

@@ -337,7 +337,9 @@ def open_dataset(
             opened: Any = {"train": embedded.load_text()}
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             saved = load_from_disk(path)
-            opened = {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved
+            # A part, such as train[:10%], goes by the name of the split.
+            is_one = isinstance(saved, Dataset)
+            opened = {str(saved.split or "train").partition("[")[0]: saved} if is_one else saved
         else:
             if path.is_file():
                 dataset, options = str(path.parent.resolve()), {**options, "data_files": path.name}

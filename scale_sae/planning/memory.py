@@ -37,6 +37,7 @@ _ORDER = (
     "transport",
     "checkpoint",
     "counters and rest",
+    "allocator",
 )
 # DeepSpeed's default for the elements that one of its buffers of gradients holds.
 _BUCKET = 500_000_000
@@ -57,21 +58,28 @@ def items(w: Workload, role: Role, profile: "LMProfile | None", kind: Kind, dead
         Items of different names, whose sum is the rank's memory; none of 0 bytes.
     """
     held: Phase = []
-    phases: list[Phase] = []
+    forward: Phase = []
+    steps: list[Phase] = []
     if profile is not None:
         keys = ("topology.lm.tp", "model.dtype", "topology.lm.parallel")
         text = f"a rank's part of {profile.weights_whole} bytes over {profile.tp} ranks"
         held.append(Item("LM weights", profile.weights, text, keys))
-        phases.append(_capture(w, role, profile))
+        forward = _capture(w, role, profile)
     if role.group is None:
         held.append(_sending(w, role.ranks[0]))
     else:
         shards = [SAEShard.of(w, spec, role.group) for spec in w.jobs_of(role.group)]
         held += _kept(w, role.group, shards, kind)
         held += _transported(w, role)
-        phases += _steps(w, shards, kind, dead)
-    fullest = max(phases, key=total, default=[])
-    return _joined([*held, *fullest])
+        steps = _steps(w, shards, kind, dead)
+    step = max(steps, key=total, default=[])
+    if kind == "cpu":
+        text = "freed memory that the C library keeps in pieces: measured, about as much as is in use at a time"
+        kept = Item(
+            "allocator", total([*forward, *step]), text, ("train.train_batch_size_tokens", "data.chunk_contexts")
+        )
+        return _joined([*held, *forward, *step, kept])
+    return _joined([*held, *max(forward, step, key=total)])
 
 
 def _joined(found: Phase) -> list[Item]:

@@ -116,6 +116,7 @@ def _on_codes(s: SAEShard, kind: str, times: int) -> Iterator[Work]:
         + (f", {whole} gradients of {s.wide} bytes and gathered parameters copied" if whole else ""),
         streamed=whole * (3 * s.wide + 2 * size),
         gathered=entries * width * size,
+        fresh=_of_division(s),
         times=times,
     )
 
@@ -138,10 +139,16 @@ def _on_dense(s: SAEShard, times: int) -> Iterator[Work]:
         "activations, at most",
         f"{passes} passes over {s.rows} x {s.latents} activations of {s.itemsize} bytes, {new:g} into new tensors",
         streamed=passes * activations + _row_bytes(s) + numbers(s.divided) * (3 * s.wide + 2 * s.itemsize),
-        fresh=int(new * activations),
+        fresh=int(new * activations) + _of_division(s),
         calls=DENSE_OPS,
         times=times,
     )
+
+
+def _of_division(s: SAEShard) -> int:
+    """Bytes of new tensors where dp ranks divide the parameters: gathered, copied out, their gradients, the sums."""
+    whole = numbers(s.divided)
+    return whole * (3 * s.itemsize + s.wide) + whole // s.dp * s.wide
 
 
 def _entries(s: SAEShard) -> int:
