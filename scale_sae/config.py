@@ -156,8 +156,9 @@ def _check_data(data: DataConfig) -> None:
         for index, token in enumerate(data.exclude_special_tokens):
             require(token >= 0, f"data.exclude_special_tokens.{index}", token, "is no token id; it must be at least 0")
     arguments = list(data.seqpos_slice)
-    remedy = "must be the one to three arguments of Python's slice, with a step that is not 0"
-    require(1 <= len(arguments) <= 3 and arguments[2:] != [0], "data.seqpos_slice", arguments, remedy)
+    remedy = "must be the one to three arguments of Python's slice, with a step above 0"
+    is_slice = 1 <= len(arguments) <= 3 and all(step is None or step > 0 for step in arguments[2:])
+    require(is_slice, "data.seqpos_slice", arguments, remedy)
     kept = range(data.context_size)[slice(*arguments)]
     remedy = f"leaves no position of a context of {data.context_size} tokens"
     require(len(kept) > 0, "data.seqpos_slice", arguments, remedy)

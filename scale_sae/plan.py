@@ -1,7 +1,7 @@
 """What a run takes, before it starts: ``python -m scale_sae.plan --config C.yaml [--gpus N] [--device h100] …``.
 
 One process, no GPU, no weights: memory of every kind of rank, time and traffic of a step, hours and dollars of the run.
-``--search`` tries every topology of the GPUs that there are, ``--dry_run`` runs a step of every kind of rank of the
+``--search`` tries the topologies of the GPUs that there are, ``--dry_run`` runs a step of every kind of rank of the
 whole world on tensors without values, ``--calibrate`` measures the machine that it runs on.
 """
 
@@ -19,8 +19,8 @@ from scale_sae.config import RunConfig, TopologyConfig
 from scale_sae.errors import UserError
 from scale_sae.planning import calibrate as calibration
 from scale_sae.planning.dry_run import dry_run as run_dry
-from scale_sae.planning.estimate import USABLE, Estimate, gigabytes
-from scale_sae.planning.hardware import DEVICES, Hardware, find, to_json
+from scale_sae.planning.estimate import DEAD_SHARE, USABLE, Estimate, gigabytes
+from scale_sae.planning.hardware import DEVICES, Hardware, changed, find, this_gpu, to_json
 from scale_sae.planning.language_model import bytes_while_loading, profile
 from scale_sae.planning.search import search as find_topologies
 from scale_sae.planning.storage import checkpoint_bytes, copies_on_a_node, release_bytes
@@ -87,7 +87,9 @@ def as_options(laid_out: TopologyConfig) -> str:
     sae = laid_out.sae
     lm = "colocated" if laid_out.lm.colocated else f"'{{tp: {laid_out.lm.tp}, dp: {laid_out.lm.dp}}}'"
     if laid_out.lm.parallel == "device_map":
-        lm = f"'{{parallel: device_map, dp: {laid_out.lm.dp}}}'"
+        keys = ("parallel", "dp", "devices_per_rank", "max_memory_gib")
+        given = {key: value for key in keys if (value := getattr(laid_out.lm, key)) is not None}
+        lm = "'{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}'"
     lm_option = "" if laid_out.lm.cache is not None else f"--topology.lm={lm} "
     return (
         f"{lm_option}--topology.sae='{{groups: {sae.groups}, dp: {sae.dp}, tp: {sae.tp}}}' "
@@ -151,25 +153,36 @@ def summary(found: Estimate, gpus: int, price: float | None) -> Iterator[str]:
     role, fullest = found.fullest
     whose, what = ("a GPU", "GPU") if hardware.kind == "cuda" else ("a node", "process")
     verdict = "It fits" if found.fits else f"DOES NOT FIT: {found.remedy}"
+    dead, share = found.dead(DEAD_SHARE), f"{DEAD_SHARE:.0%} of the latents are dead"
+    more = sum(item.bytes for item in found.memory_with(found.dead(1.0))[role]) - sum(
+        i.bytes for i in found.memory[role]
+    )
     yield (
         f"memory: {gigabytes(fullest)} of {whose}'s {gigabytes(hardware.memory)}, of which a plan may fill "
         f"{USABLE:.0%}; the fullest are {role}. {verdict}"
+        + (f" (while {share}" + (f"; {gigabytes(more)} more if all were)" if more > 0 else ")") if dead else "")
     )
     sides = ", ".join(f"{side} side {seconds * 1e3:.1f} ms" for side, seconds in p.sides.items())
     yield f"step: {p.step_seconds * 1e3:.1f} ms ({sides}). {p.waits[:1].upper()}{p.waits[1:]}"
+    if dead and (slower := found.prediction_with(dead).step_seconds) > p.step_seconds:
+        yield f"AuxK: {slower * 1e3:.1f} ms a step while {share}"
     hours = gpus * p.total_seconds / 3600
     line = (
         f"run: {p.tokens_per_second:,.0f} tokens/s; {w.schedule.steps:,} steps of {w.batch:,} tokens in "
         f"{duration(p.total_seconds)} ({duration(p.startup_seconds)} to fill the buffer), {hours:,.1f} {what}-hours"
     )
     yield line if price is None else f"{line}, {hours * price:,.0f} dollars at {price:g} for each"
-    keep, size = w.config.checkpoint.keep, checkpoint_bytes(w)
-    yield f"disk: {gigabytes(size)} for each of {keep + 1} checkpoints, {gigabytes(release_bytes(w))} for the release"
+    saved = w.config.checkpoint
+    kept = saved.keep + 1 + (w.schedule.steps // saved.keep_every if saved.keep_every else 0)
+    size, release = gigabytes(checkpoint_bytes(w)), gigabytes(release_bytes(w))
+    yield f"disk: {size} for each of {kept} checkpoints, {release} for the release"
     if hardware.kind == "cuda":
         yield f"RAM of a node: {gigabytes(copies_on_a_node(w, found.per_node))} to write a checkpoint"
     if found.profile is not None:
         loading = bytes_while_loading(w.config, found.profile)
         yield f"loading the model takes {gigabytes(loading)} of RAM for each rank that runs it, beside its files"
+    if w.config.evaluation.every_steps is not None:
+        yield "not in the memory: evaluations, in which ranks that run the model hold the logits of some contexts twice"
     yield "not in the time: loading the model, tokenising, checkpoints, evaluations, AuxK while latents are dead"
 
 
@@ -200,8 +213,8 @@ def search_lines(found: list[Estimate], ranks: int) -> Iterator[str]:
 def _hardware(device: object, overrides: Mapping[str, object]) -> Hardware:
     """The machine that is meant: named, or this one's GPU."""
     if device is None and torch.cuda.is_available():
-        here = torch.cuda.get_device_name(0).lower()
-        device = next((name for name in sorted(DEVICES, key=len, reverse=True) if name in here), None)
+        here = this_gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+        return changed(here, overrides)
     if not isinstance(device, str):
         names = ", ".join(DEVICES)
         raise UserError(f"--device: name what the ranks run on, of {names}, or the file that --calibrate has written")
@@ -243,7 +256,8 @@ def _show_figures(w: Workload, options: Mapping[str, Any], hardware_options: Map
     best = find_topologies(w, hardware, options["gpus"], per_node, lambda one: profile_of(w, one, hardware))
     if not best:
         raise UserError(
-            f"--gpus: {options['gpus']}, but no topology of so many ranks fits; give more, or lower saes.0.d_sae"
+            f"--gpus: {options['gpus']}, but no topology of so many ranks fits; give more, or lower "
+            "train.train_batch_size_tokens, saes.0.d_sae or data.chunk_contexts"
         )
     print("\n".join(search_lines(best, options["gpus"])))
     return True
@@ -313,7 +327,7 @@ def main(
     """python -m scale_sae.plan --config C.yaml [--device h100] [--gpus N] [--search] [--dry_run] [--dotted.key=value]
 
     Says before a run starts whether it fits, how long it takes, and how to split it. Loads no weights, needs no GPU.
-    Exits with 1 if it does not fit.
+    Exits with 1 if it does not fit; with --search, if nothing does.
 
     Args:
         config: the YAML file of the run.
@@ -321,7 +335,7 @@ def main(
         gpus_per_node: of them, those of one machine.
         device: what they are (h100, a100, ...), or the file that --calibrate has written; by default this machine's.
         price: dollars for a GPU and an hour.
-        search: try every topology of these GPUs, and print the best five.
+        search: try the topologies of up to so many GPUs, and print the best five.
         dry_run: run one step of every kind of rank of the whole world, in this process, on tensors without values.
         calibrate: a file. Measures this machine, on the ranks that accelerate launch started, and writes it there:
             accelerate launch --multi_gpu --num_processes 8 -m scale_sae.plan --calibrate=machine.json

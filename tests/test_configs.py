@@ -181,3 +181,13 @@ def test_the_guide_names_what_is_there() -> None:
     assert {f"configs/{name}.yaml" for name in MODELS} <= files
     commands = set(re.findall(r"-m scale_sae\.(\w+)", guide))
     assert commands and commands <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_short_first_run_as_in_the_guide(name: str) -> None:
+    guide = (runs.ROOT / "docs/planning.md").read_text()
+    short = {"train.training_tokens": "100_000_000", "train.lr_decay_steps": "0"}
+    assert " ".join(f"--{key}={value}" for key, value in short.items()) in guide
+    train = load(path_of(name), short).train
+    # Long enough to see the learning rate arrive.
+    assert train.training_tokens // train.train_batch_size_tokens > train.lr_warm_up_steps

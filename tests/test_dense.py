@@ -378,6 +378,19 @@ def test_formulas_mean_the_same_on_all_entries() -> None:
     assert torch.equal(entries.of_latents(vector), vector.expand(6, 9)[entries.codes.rows, entries.codes.latents])
 
 
+def test_sums_of_all_entries_in_bfloat16_are_rounded_once_at_most() -> None:
+    generator = torch.Generator().manual_seed(4)
+    values, weights = (torch.rand(shape, generator=generator).bfloat16() for shape in ((8, 4096), (4096,)))
+    entries = AllEntries(values)
+    # float32 adds 4096 numbers up to 2^-12 at worst. A sum in bfloat16 is several times off, as it stops at 2^8.
+    for found, exact, rounding in (
+        (entries.row_sums(values), values.double().sum(1), 2**-12),
+        (entries.row_sums(values, weights), values.double() @ weights.double(), 2**-8 + 2**-12),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=0)
+
+
 def test_active_entries_are_those_with_a_value() -> None:
     entries = some_entries()
     values = entries.codes.values.clone()

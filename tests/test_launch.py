@@ -1,6 +1,7 @@
 """The accelerate configs of ``launch/``: what they start, and what a run says that was started with the wrong one."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,16 @@ def test_two_engines_are_an_error_that_names_both(options: list[str], engine: st
     lines = [line for line in output.replace("\r", "\n").splitlines() if line.startswith("error")]
     assert code != 0 and len(lines) == 1 and lines[0].startswith(f"error: {said}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--output_dir=elsewhere", "--output-dir", "-output_dir=elsewhere"])
+def test_under_slurm_only_run_dir_says_where_the_run_is(option: str, tmp_path: Path) -> None:
+    """Of its own accord the job would go on in one folder, and wait for the stop file of another."""
+    run_dir = tmp_path / "run"
+    settings = {"CONFIG": "configs/quickstart.yaml", "RUN_DIR": str(run_dir), "VENV": str(tmp_path / "none")}
+    command = ["bash", "slurm/train.sbatch", "--train.lr=1e-3", option]
+    done = subprocess.run(
+        command, cwd=runs.ROOT, env=runs.environment() | settings, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 1 and not run_dir.exists()
+    assert done.stderr == f"error: {option}: set RUN_DIR in its place\n"

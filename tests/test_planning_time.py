@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import runs
 from harness import run_ranks
@@ -22,12 +23,14 @@ from scale_sae.config import DataConfig, TrainConfig
 from scale_sae.errors import UserError
 from scale_sae.jobs import JobSpec
 from scale_sae.planning import calibrate, work
-from scale_sae.planning.hardware import DEVICES, GIB, Hardware, Link, find, from_json, ring, to_json
+from scale_sae.planning.flow import Flow
+from scale_sae.planning.hardware import DEVICES, GIB, Hardware, Link, find, from_json, ring, this_gpu, to_json
 from scale_sae.planning.language_model import LMProfile, Op
 from scale_sae.planning.shards import SAEShard
 from scale_sae.planning.timing import Prediction, predict
 from scale_sae.planning.workload import Workload
 from scale_sae.saes import registry
+from scale_sae.saes.base import TrainStepInput
 from scale_sae.saes.topk import TopKTrainingSAEConfig
 
 # Round numbers, so that what follows from them can be written out.
@@ -37,6 +40,7 @@ MACHINE = Hardware(
     memory=80 * GIB,
     runtime=GIB,
     reading=0,
+    communicator=0,
     matrix={"float32": 1e12, "tf32": 8e12, "bfloat16": 16e12},
     bandwidth=1e11,
     gather=5e10,
@@ -59,7 +63,7 @@ def test_an_h200_does_what_was_measured_of_one() -> None:
     assert found.matrix["bfloat16"] == pytest.approx(790e12, rel=0.01)  # TFLOP/s of an encoder's product
     assert found.bandwidth == pytest.approx(4.3e12, rel=0.01)  # bytes/s of Adam's pass
     for name, device in DEVICES.items():
-        assert device.name == name and device.at_once is None and len(device.sources) == 3
+        assert device.name == name and device.at_once is None and len(device.sources) == 4
         assert device.matrix["float32"] <= device.matrix["tf32"] < device.matrix["bfloat16"]
         assert device.inter.bandwidth < device.intra.bandwidth < device.bandwidth
 
@@ -68,9 +72,42 @@ def test_overrides_are_in_the_unit_of_their_name() -> None:
     keys = {"memory_gib": 96, "bfloat16_tflops": 700, "intra_gbps": 800, "inter_latency_us": 20, "at_once": 2}
     found = find("h100", keys)
     assert (found.memory, found.matrix["bfloat16"], found.at_once) == (96 * GIB, 700e12, 2)
-    assert (found.intra.bandwidth, found.inter.latency) == (100e9, pytest.approx(20e-6))
+    assert (found.intra.bandwidth, found.inter.latency) == (0.75 * 100e9, pytest.approx(20e-6))  # of nominal Gb/s
     assert found.matrix["float32"] == DEVICES["h100"].matrix["float32"]
     assert found.sources[-1] == "Given: at_once = 2."
+    assert find("h100", {"intra_gbps": 3600, "inter_gbps": 400}).intra == DEVICES["h100"].intra  # what it is sold as
+    said = find("h100", {"inter_gbps": 400})
+    assert said.inter == DEVICES["h100"].inter and "75% are assumed" in said.sources[-1]
+    assert find("h100", {"communicator_mib": 100}).communicator == 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GH200 480GB", None),  # neither an H200 nor linked like one
+        ("NVIDIA GeForce RTX 3090", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_this_gpu_is_found_by_its_name(name: str, known: str | None) -> None:
+    if known is None:
+        with pytest.raises(UserError, match=f"{name}.*h100-pcie.*--calibrate") as error:
+            this_gpu(name, 24 * GIB)
+        assert "\n" not in str(error.value)
+        return
+    found = this_gpu(name, 123456789)
+    assert replace(found, memory=DEVICES[known].memory, sources=DEVICES[known].sources) == DEVICES[known]
+    assert found.memory == 123456789 and name in found.sources[-1] and known in found.sources[-1]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +130,10 @@ def test_what_is_wrong_is_said_in_a_line(device: str, overrides: dict[str, objec
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    for machine in (MACHINE, replace(MACHINE, kind="cpu", fresh=1e9, at_once=2, sources=("Measured.",))):
+    for machine in (
+        MACHINE,
+        replace(MACHINE, kind="cpu", communicator=3, fresh=1e9, at_once=2, sources=("Measured.",)),
+    ):
         path.write_text(json.dumps(to_json(machine)))
         assert find(str(path), {}) == machine
     for text in ("no JSON", "[]", "{}", json.dumps({**to_json(MACHINE), "kind": "tpu"})):
@@ -184,6 +224,98 @@ def test_half_as_wide_moments_are_half_as_much_to_move() -> None:
     narrow = replace(s, spec=replace(s.spec, train=replace(s.spec.train, moments_dtype="bfloat16")))
     adam = [next(one for one in work.of_an_sae(each, "cuda") if one.what == "Adam") for each in (s, narrow)]
     assert [one.streamed for one in adam] == [2 * 64 * 4096 * 24, 2 * 64 * 4096 * 16]
+
+
+class OfShape(TorchDispatchMode):
+    """Reads and writes of tensors ``[rows, columns]``, or with a column more, beside matrix products."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.shapes, self.passes = ((rows, columns), (rows, columns + 1)), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        # Neither reads what it is given: new tensors like another; nor the whole: entries read or written by number.
+        few = ("new_empty", "empty_like", "scatter_", "gather")
+        if is_view or "mm" in func.__name__ or func.__name__.startswith(few):
+            return out
+        given = args[1:] if func.__name__.startswith(("new_zeros", "copy_")) else args
+        found = sum(tuple(t.shape) in self.shapes for t in tree_leaves((given, out)) if isinstance(t, Tensor))
+        self.passes += found * (2 if func.__name__.startswith("index_select") else 1)  # it reads as much as it writes
+        return out
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_auxk_computes_and_moves_what_it_is_taken_for(chosen: bool) -> None:
+    rows, dead = 256, 96
+    s = shard_of(32 if chosen else 256, 512, rows, k=8)  # k_aux 16 or 128
+    sae: Any = registry.create("topk", s.spec.cfg, Shard(), "cpu")
+    x = torch.randn(rows, s.d_in, generator=torch.Generator().manual_seed(0))
+
+    def step(dead: int) -> None:
+        mask = torch.arange(512) < dead
+        step_input = TrainStepInput(
+            sae_in=x,
+            target=x,
+            coefficients={},
+            dead_neuron_mask=mask,
+            num_dead=dead,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+        sae.training_forward_pass(step_input).loss.backward()
+
+    flops, calls = [], []
+    for count in (0, dead):
+        with FlopCounterMode(display=False) as counter:
+            step(count)
+        with Counted(2**40) as counted:
+            step(count)
+        flops.append(counter.get_total_flops())
+        calls.append(counted.calls)
+    with OfShape(rows, dead) as passes:
+        step(dead)
+    scores_of_dead = (x @ sae.W_enc.detach() * sae.W_dec.detach().norm(dim=1))[:, :dead].contiguous()
+    with OfShape(rows, dead) as choosing:
+        if chosen:
+            selection = sae.aux_selection()
+            selection.add(scores_of_dead)
+            selection.choose()
+    found = [one for one in work.of_an_sae(s, "cpu", dead=dead) if one.what.startswith("AuxK")]
+    scores, products = found
+    # b_dec's gradient is a product too, of one row.
+    assert products.flops == pytest.approx(flops[1] - flops[0], rel=1 / rows)
+    assert products.flops == 2 * rows * dead * (3 * s.d_out + s.d_in)
+    assert scores.candidates == (rows * 16 if chosen else 0)
+    beside = scores.streamed / (rows * dead * 4) - (work.SCORE_PASSES["cpu"] if chosen else 0)
+    assert beside == passes.passes - choosing.passes
+    # Which operations torch makes of a call changes with its version: 25 %.
+    assert sum(one.calls for one in found) == pytest.approx(calls[1] - calls[0], rel=0.25)
+
+
+def test_without_dead_latents_there_is_no_auxk() -> None:
+    s = shard_of(64, 512, 256, 2, k=8)
+    assert [*work.of_an_sae(s, "cuda", dead=0)] == [*work.of_an_sae(s, "cuda")]
+    parts = {
+        dead: [one for one in work.of_an_sae(s, "cuda", 3, dead) if "AuxK" in one.what] for dead in (0, 1, 40, 100)
+    }
+    assert not parts[0]
+    # Half of them on each of two shards; 32 of each row may be chosen on either.
+    assert [one.flops for one in parts[1]] == [0, 2 * 256 * 1 * 4 * 64]
+    assert [one.candidates for one in parts[40]] == [256 * 20, 0]  # of all 40 dead ones 32 are chosen
+    assert [(one.candidates, one.flops, one.times) for one in parts[100]] == [
+        (256 * 32, 0, 3),
+        (0, 2 * 256 * 50 * 4 * 64, 3),
+    ]
+    w = workload(DEDICATED)
+    never, some = (predict(w, MACHINE, LM, 8, dead) for dead in (0, 1000))
+    assert never == predict(w, MACHINE, LM, 8) and not any("AuxK" in part.what for part in never.parts["SAE rank 0"])
+    assert seconds(some, "AuxK: products") == pytest.approx(2 * 2048 * 1000 * 4 * 256 / 1e12)
+    assert some.sides["SAE"] > never.sides["SAE"] and some.sides["LM"] == never.sides["LM"]
+    assert some.startup_seconds == never.startup_seconds
+    two = workload({"lm": "colocated", "sae": {"tp": 2}})
+    assert seconds(predict(two, MACHINE, LM, 8, 1000), "tp: recon") > seconds(predict(two, MACHINE, LM, 8), "tp: recon")
 
 
 class Counted(TorchDispatchMode):
@@ -353,6 +485,43 @@ def test_dp_ranks_are_a_stride_apart() -> None:
     parameters = 2 * 256 * 1024 + 1024  # W_enc, W_dec and b_enc of a shard
     assert seconds(found, "dp: gradients") == pytest.approx(1e-5 + parameters * 4 / 2 / 1e9)
     assert seconds(found, "tp: best of each row") == pytest.approx(1e-6 + 2 * 1024 * 8 * 4 / 2 / 1e10)
+
+
+def test_the_slowest_link_of_a_role_sets_its_pace() -> None:
+    """Ranks are numbered through: where their number is no multiple of a node's, some groups lie across two nodes."""
+    gathered = Flow("LM tp", "sums", "all_gather", 10**6, 1, 4, "")
+    profile = replace(LM, flows=(gathered,))
+    # Copies of the model on ranks 2-5 and 6-9: the second has two ranks on each of two nodes.
+    w = workload({"lm": {"tp": 4, "dp": 2}, "sae": {"tp": 2}})
+    for per_node, link in ((10, MACHINE.intra), (8, Link(2e9, 1e-5)), (9, Link(1e9, 1e-5))):
+        expected = link.seconds("all_gather", 10**6, 4) / 4  # a quarter of a chunk for each step
+        assert seconds(predict(w, MACHINE, profile, per_node), "LM tp", "LM") == pytest.approx(expected)
+    # Of eight copies on ranks 2-33 two lie across nodes of seven with one rank on one of them, one with two on each.
+    many = workload({"lm": {"tp": 4, "dp": 8}, "sae": {"tp": 2}})
+    one_card = Link(1e9, 1e-5).seconds("all_gather", 10**6, 4) / 16
+    assert seconds(predict(many, MACHINE, profile, 7), "LM tp", "LM") == pytest.approx(one_card)
+    # Groups of ranks 0-3 and 4-7.
+    w = workload({"lm": "colocated", "sae": {"tp": 4, "groups": 2}}, saes=2)
+    within, across = (seconds(predict(w, MACHINE, LM, per_node), "tp: reconstruction") for per_node in (8, 6))
+    message = 2 * 2048 * 256 * 4
+    assert within == pytest.approx(MACHINE.intra.seconds("all_reduce", message, 4))
+    assert across == pytest.approx(Link(2e9, 1e-5).seconds("all_reduce", message, 4))
+    # Where they train different SAEs, each has its own pace.
+    first, second = w.specs
+    cfg: Any = second.cfg
+    unlike = replace(w, specs=(first, replace(second, cfg=replace(cfg, k=16))))
+    found = predict(unlike, MACHINE, LM, 6)
+    assert sorted(seconds(found, "tp: reconstruction", role) for role in found.parts) == pytest.approx([within, across])
+    # dp 2 x tp 2 on nodes of three: of tp ranks 2-3 lie on two nodes, of dp ranks 1 and 3.
+    w = workload({"lm": "colocated", "sae": {"dp": 2, "tp": 2}, "engine": "fsdp2"})
+    found = predict(w, MACHINE, LM, 3)
+    assert seconds(found, "tp: best of each row") == pytest.approx(1e-5 + 2 * 1024 * 8 * 4 / 2 / 1e9)
+    assert seconds(found, "dp: gradients") == pytest.approx(1e-5 + (2 * 256 * 1024 + 1024) * 4 / 2 / 1e9)
+    # Of two copies on ranks 2 and 3 one is on the SAEs' node.
+    w = workload({"lm": {"dp": 2}, "sae": {"tp": 2}})
+    near, far = (predict(w, MACHINE, LM, per_node) for per_node in (4, 3))
+    for role in ("SAE", "LM"):
+        assert 9 < seconds(far, "LM to SAE", role) / seconds(near, "LM to SAE", role) <= 10  # inter / intra
 
 
 def test_messages_of_one_sae_pass_while_another_computes() -> None:

@@ -12,9 +12,10 @@ from scale_sae import config
 from scale_sae.config import LMTopology, SAETopology, TopologyConfig
 from scale_sae.errors import UserError
 from scale_sae.planning import search
-from scale_sae.planning.estimate import Estimate
+from scale_sae.planning.estimate import DEAD_SHARE, Estimate
 from scale_sae.planning.hardware import Hardware, Link
 from scale_sae.planning.language_model import LMProfile, profile
+from scale_sae.planning.storage import checkpoint_bytes
 from scale_sae.planning.workload import Workload
 
 FAST = Link(bandwidth=1e11, latency=1e-6)
@@ -24,6 +25,7 @@ MACHINE = Hardware(
     memory=2**34,
     runtime=0,
     reading=0,
+    communicator=0,
     matrix={"float32": 1e12, "float64": 5e11},
     bandwidth=1e11,
     gather=5e10,
@@ -115,3 +117,50 @@ def test_a_model_is_split_as_its_plan_allows(tmp_path: Path) -> None:
     w = workload(tmp_path)
     assert list(search.splits(w, 64)) == [1, 2, 4]
     assert list(search.splits(w, 3)) == [1, 2]
+
+
+# ---- the estimate of one topology ------------------------------------------------------------------------------------
+
+
+def test_more_dead_latents_take_no_less(tmp_path: Path) -> None:
+    """So that what a plan has room for, a share of them, is enough for all smaller ones; split over four ranks too."""
+    saes = [{"architecture": "topk", "d_sae": 4096, "k": 4}]
+    w = workload(tmp_path, saes=saes, topology={"lm": {"tp": 1}, "sae": {"tp": 4}})
+    w = replace(w, specs=tuple(replace(s, train=replace(s.train, dead_feature_window_tokens=1)) for s in w.specs))
+    found = Estimate(w, MACHINE, 4, profile_of(w)(w.config))
+    role = w.roles()[0]
+    taken = [sum(item.bytes for item in found.memory_with(dead)[role]) for dead in range(0, 4097, 64)]
+    assert taken == sorted(taken) and taken[0] < taken[-1]
+    assert found.dead(DEAD_SHARE) == 820
+    assert found.held(role) == sum(item.bytes for item in found.memory_with(820)[role]) >= taken[820 // 64] > taken[0]
+    # Where the run ends before a latent can count as dead, none is.
+    short = replace(w, specs=tuple(replace(s, train=replace(s.train, training_tokens=100)) for s in w.specs))
+    assert replace(found, workload=short).dead(DEAD_SHARE) == 0
+
+
+def test_a_spread_model_may_be_larger_than_a_gpu(tmp_path: Path) -> None:
+    """What fits on no GPU is kept in RAM."""
+    w = workload(tmp_path, topology={"lm": {"parallel": "device_map", "devices_per_rank": 2}})
+    lm = profile_of(w)(w.config)
+    found = Estimate(w, replace(MACHINE, memory=2 * lm.weights), 4, replace(lm, weights=100 * lm.weights))
+    role, held = found.fullest
+    assert role.kind == "SAE" and held < 2 * lm.weights and found.fits
+
+
+def test_communicators_take_memory(tmp_path: Path) -> None:
+    """Two groups and three copies of the model: a rank of either is in one group with each of the other."""
+    w = workload(tmp_path, topology={"lm": {"tp": 1, "dp": 3}, "sae": {"groups": 2, "tp": 2}})
+    machine = replace(MACHINE, communicator=10)
+    found = Estimate(w, machine, 4, profile_of(w)(w.config))
+    of = {role.kind: {item.what: item.bytes for item in items} for role, items in found.memory.items()}
+    assert of["SAE"]["communicators"] == 10 * (1 + 3) and of["LM"]["communicators"] == 10 * (1 + 2)
+
+
+def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
+    path = runs.write_config(tmp_path, runs.tiny_config(tmp_path))
+    runs.forked_run(path, 1)
+    w = Workload.of(config.load(path))
+    folder = tmp_path / "run/checkpoints/step_00000040"  # at the end the buffer is empty
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    # Beside: biases, counters and their moments, 40 bytes of 12 KiB for each latent, and what describes the files.
+    assert checkpoint_bytes(w) == pytest.approx(size, rel=0.02) and checkpoint_bytes(w) < size

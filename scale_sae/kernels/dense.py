@@ -35,7 +35,9 @@ class Entries(Protocol):
     def row_sums(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The sum of each row's values; with weights ``[n_latents]``, of values times their latent's.
 
-        ``[n_rows]`` in float32 at least, whatever the entries: shards add theirs up, and each chose its own.
+        ``[n_rows]`` in float32 at least, whatever the entries: shards add theirs up, and each chose its own. With
+        weights, the sums of all entries are a product in the values' dtype: each is rounded to it once (bfloat16: by
+        2^-8 of itself at most).
         """
 
     def decode(self, values: Tensor, W: Tensor) -> Tensor:

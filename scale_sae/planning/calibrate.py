@@ -28,7 +28,7 @@ from scale_sae.collectives import Ranks, Shard
 from scale_sae.config import DataConfig, ModelConfig, TrainConfig
 from scale_sae.job_trainer import JobTrainer, new_sae
 from scale_sae.jobs import JobSpec
-from scale_sae.planning.hardware import Hardware, Link, ring
+from scale_sae.planning.hardware import COMMUNICATOR, Hardware, Link, communicators, ring
 from scale_sae.planning.work import CODES_OPS, SCORE_PASSES
 from scale_sae.saes.topk import TopKTrainingSAEConfig
 from scale_sae.selection import TopK
@@ -45,7 +45,7 @@ PRODUCTS = {
     "cpu": ((1024, 256, 4096), (1024, 512, 4096), (512, 1024, 4096)),
     "cuda": ((8192, 1024, 32768), (8192, 4096, 32768), (4096, 4096, 65536)),
 }
-DTYPES = {"cpu": ("float32", "bfloat16", "float64"), "cuda": ("float32", "tf32", "bfloat16", "float16")}
+DTYPES = {"cpu": ("float32", "bfloat16", "float64"), "cuda": ("float32", "tf32", "bfloat16", "float16", "float64")}
 PASS_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 # A table and its entries: rows, columns, entries of each sum.
 GATHER = {"cpu": (8192, 512, 32), "cuda": (131072, 4096, 64)}
@@ -66,7 +66,9 @@ class Ranked(Protocol):
 def measure(session: Ranked) -> Hardware | None:
     """What this machine can do, on rank 0; None on the others. Takes some 20 s."""
     device, backend = topology.pick_device(session.local_rank)
+    before = _taken(device)
     place = topology.build(_plan(session.world_size), session.rank, device, backend, session.store)
+    of_groups = _taken(device) - before  # communicators, which `Hardware.communicator` stands for
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     local = place.shard.size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -78,8 +80,8 @@ def measure(session: Ranked) -> Hardware | None:
     figures = _computing(meter, kind)
     intra, inter, said = _links(meter, place.shard, place.wire, kind)
     if kind == "cuda":
-        free, memory = torch.cuda.mem_get_info(device)
-        held = memory - free - torch.cuda.memory_reserved(device), 0
+        memory = torch.cuda.mem_get_info(device)[1]
+        held = _taken(device) - of_groups, 0
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     runtime, reading = (int(meter.largest(float(part))) for part in held)
@@ -93,6 +95,7 @@ def measure(session: Ranked) -> Hardware | None:
         memory=memory,
         runtime=runtime,
         reading=reading,
+        communicator=COMMUNICATOR if kind == "cuda" else 0,
         **figures,
         overhead=overhead,
         intra=intra,
@@ -102,6 +105,7 @@ def measure(session: Ranked) -> Hardware | None:
             f"Measured on {time.strftime('%Y-%m-%d')}: {name}, {session.world_size} ranks, {local} per node, {threads}"
             f"torch {torch.__version__}, backend {backend}.",
             *said,
+            *([communicators()] if kind == "cuda" else []),
         ),
     )
 
@@ -301,6 +305,14 @@ def fit(times: list[tuple[str, int, float]], ranks: int) -> Link:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes of a GPU that are taken, but for torch's tensors and what it keeps for them; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, memory = torch.cuda.mem_get_info(device)
+    return memory - free - torch.cuda.memory_reserved(device)
 
 
 def _processes() -> tuple[int, int]:

@@ -178,9 +178,9 @@ def _messages_differ(
 ) -> list[str]:
     """A line for each rank that was run whose messages to another, or from it, are not what the other expects.
 
-    Where the other was not run, its model speaks for it. That holds for receivers; of senders a model's messages to
-    this rank may be of another part of the stream, and so of another size, unless they are of a fixed size, as those
-    are that follow a header.
+    Where the other was not run, its model speaks for it, if messages are of a fixed size, as those are that follow a
+    header. Without one (a colocated run) they are as long as the rows that a chunk has for the lanes of the receiver,
+    and the model may have other chunks and other lanes.
     """
     pairs: dict[tuple[int, str, int], dict[str, list[Call]]] = {}
     for rank, calls in found.items():
@@ -189,10 +189,10 @@ def _messages_differ(
                 pairs.setdefault((rank, call.op, call.peer), {}).setdefault(call.link, []).append(call)
     problems: dict[int, str] = {}
     for (rank, op, peer), own in pairs.items():
-        model, is_send = model_of[peer], op == "send"
-        if model not in found or model == rank or (peer != model and not is_send and HEADER not in own):
+        model = model_of[peer]
+        if model not in found or model == rank or (peer != model and HEADER not in own):
             continue
-        theirs = pairs.get((model, "recv" if is_send else "send", rank), {})
+        theirs = pairs.get((model, "recv" if op == "send" else "send", rank), {})
         if difference := _difference(own, theirs):
             problems.setdefault(rank, f"{name(rank)} would hang with {name(peer)}: {difference}")
     return list(problems.values())

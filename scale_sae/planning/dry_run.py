@@ -6,8 +6,12 @@ buffer, draws a batch and trains each of its SAEs on it, with backward pass, Ada
 language model splits the model as in a run, captures chunks and sends their rows. What all of them say to each other is
 noted and compared: calls that differ would leave ranks of the cluster waiting for each other.
 
+Of groups that train alike the first is run, and of the copies of the language model the first, for all of them. Calls
+are compared within each process group; whether ranks take the groups themselves in the same order is not.
+
 Left out: what depends on values (AuxK, of which no latent is dead in the first step; non-finite rows), text, weights,
-checkpoints and evaluations, and DeepSpeed, in whose place torch's ``fully_shard`` divides the SAEs.
+checkpoints and evaluations, and DeepSpeed, in whose place torch's ``fully_shard`` divides the SAEs. Code that reads a
+value is answered: 1.0, of whole numbers 0, True of ``all`` and False of ``any``.
 """
 
 import copy
@@ -44,6 +48,7 @@ from scale_sae.config import ModelConfig
 from scale_sae.errors import UserError
 from scale_sae.job_trainer import JobTrainer
 from scale_sae.planning.calls import Call, Calls, misunderstandings
+from scale_sae.planning.estimate import gigabytes
 from scale_sae.planning.fake_tensors import META, Shapes, open_shapes, replaced
 from scale_sae.planning.workload import Role, Workload
 from scale_sae.saes import registry
@@ -62,8 +67,6 @@ class RankRun:
         role: what it runs: "SAE", "LM" or "SAE+LM".
         rank: its number.
         stands_for: how many ranks do the same, this one among them.
-        seconds: of this process.
-        calls: collectives and messages that it made.
         peak: most bytes that tensors on its device had at once, the weights of a language model too. Of an SAE rank on
             a GPU: kernels need no memory of their own.
     """
@@ -71,8 +74,6 @@ class RankRun:
     role: str
     rank: int
     stands_for: int
-    seconds: float
-    calls: int
     peak: int
 
 
@@ -98,6 +99,9 @@ def dry_run(w: Workload, say: Callable[[str], None], gpus_per_node: int | None =
         gpus_per_node: None: problems name ranks and no nodes.
     """
 
+    if w.config.topology.lm.parallel == "device_map":
+        gpus_per_node = None  # a rank has several devices, so a node has fewer ranks
+
     def name(rank: int) -> str:
         return f"rank {rank}" + ("" if gpus_per_node is None else f" (node {rank // gpus_per_node})")
 
@@ -118,7 +122,9 @@ def dry_run(w: Workload, say: Callable[[str], None], gpus_per_node: int | None =
             else:
                 failed.setdefault(problem, []).extend(ranks)
         problems += [f"{role.kind} {_named(sorted(ranks), name)}: {problem}" for problem, ranks in failed.items()]
-        said = f"dry run of {role}: {len(alike)} differ, {time.perf_counter() - begun:.1f} s"
+        how = "run" if len(alike) == len(role.ranks) else f"{len(alike)} of them run for all"
+        peak = gigabytes(max(run.peak for run in runs[-len(alike) :]))
+        said = f"{role}: {how}, {peak} at most, {time.perf_counter() - begun:.1f} s"
         say(said + (f", {sum(map(len, failed.values()))} fail" if failed else ""))
     problems += misunderstandings(found, model_of, name)
     return DryRun(tuple(sorted(runs, key=lambda run: run.rank)), tuple(problems))
@@ -149,7 +155,6 @@ def _alike(w: Workload, role: Role) -> dict[int, list[int]]:
 
 def _run_rank(w: Workload, role: Role, rank: int, stands_for: int) -> tuple[RankRun, list[Call], str | None]:
     """What a rank did, what it called and, where it failed, why."""
-    begun = time.perf_counter()
     calls: list[Call] = []
     shapes = Shapes()
     problem = None
@@ -170,8 +175,7 @@ def _run_rank(w: Workload, role: Role, rank: int, stands_for: int) -> tuple[Rank
             problem = str(error)
         except Exception as error:
             problem = _told(error)
-    run = RankRun(role.kind, rank, stands_for, time.perf_counter() - begun, len(calls), shapes.peak)
-    return run, calls, problem
+    return RankRun(role.kind, rank, stands_for, shapes.peak), calls, problem
 
 
 def _told(error: Exception) -> str:

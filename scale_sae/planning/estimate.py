@@ -1,5 +1,6 @@
 """Memory, time and cost of a run on one topology: what the planner says of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # Of a device's memory that a plan may fill: allocators leave gaps between tensors.
 USABLE = 0.92
+# Of latents that a plan has room for while they are dead. SAEs that go well have fewer.
+DEAD_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,36 @@ class Estimate:
 
     @cached_property
     def memory(self) -> Mapping[Role, list[Item]]:
-        """What a rank of each role holds, beside the process itself, while AuxK takes most."""
-        # More dead latents are chosen among, which takes no more than the choice.
-        dead = max(self.workload.widths.values()) // 2 + 1
+        """What a rank of each role holds, beside the process itself, with ``DEAD_SHARE`` of all latents dead."""
+        return self.memory_with(self.dead(DEAD_SHARE))
+
+    def dead(self, share: float) -> int:
+        """A ``share`` of an SAE's latents, of the largest of those whose run is long enough for latents to be dead."""
+        batch = self.workload.batch
+        trains = [spec.train for spec in self.workload.specs]
+        long = [train.training_tokens - batch > train.dead_feature_window_tokens for train in trains]
+        sizes = [spec.cfg.d_sae for spec, is_long in zip(self.workload.specs, long, strict=True) if is_long]
+        return math.ceil(share * max(sizes, default=0))
+
+    def memory_with(self, dead: int) -> dict[Role, list[Item]]:
+        """What a rank of each role holds while so many latents are dead: AuxK takes more the more there are."""
+        w = self.workload
         return {
-            role: items(self.workload, role, self.profile if role.runs_lm else None, self.hardware.kind, dead)
-            for role in self.workload.roles()
+            role: [
+                *items(w, role, self.profile if role.runs_lm else None, self.hardware.kind, dead),
+                *communicators(w, role, self.hardware),
+            ]
+            for role in w.roles()
         }
 
     @cached_property
     def prediction(self) -> Prediction:
-        """How long it takes."""
-        return predict(self.workload, self.hardware, self.profile, self.per_node)
+        """How long it takes while no latent is dead."""
+        return self.prediction_with(0)
+
+    def prediction_with(self, dead: int) -> Prediction:
+        """How long it would take with so many dead latents in every step."""
+        return predict(self.workload, self.hardware, self.profile, self.per_node, dead)
 
     def held(self, role: Role) -> int:
         """Bytes that a rank of the role takes, the process included."""
@@ -56,8 +77,12 @@ class Estimate:
 
     @property
     def fullest(self) -> tuple[Role, int]:
-        """The role whose ranks hold most, and the bytes of the memory that they share: a GPU's, or a node's."""
-        role = max(self.memory, key=self.held)
+        """The role whose ranks hold most, and the bytes of the memory that they share: a GPU's, or a node's.
+
+        Of a language model by ``device_map``, what does not fit on its GPUs is kept in RAM: its ranks do not count.
+        """
+        spread = self.workload.config.topology.lm.parallel == "device_map" and self.hardware.kind == "cuda"
+        role = max((role for role in self.memory if role.kind != "LM" or not spread), key=self.held)
         if self.hardware.kind == "cuda":
             return role, self.held(role)
         held = {rank: self.held(role) for role in self.memory for rank in role.ranks}
@@ -75,6 +100,23 @@ class Estimate:
         role, _ = self.fullest
         largest = max(self.memory[role], key=lambda item: item.bytes)
         return f"most of it is {largest.what} ({gigabytes(largest.bytes)}): change {', '.join(largest.keys)}"
+
+
+def communicators(w: Workload, role: Role, hardware: Hardware) -> list[Item]:
+    """What NCCL's communicators of a rank of ``role`` take: each process group for tensors on devices has one."""
+    plan, group, rank = w.plan, role.group, role.ranks[0]
+    count = 0
+    if group is not None:
+        count += 1 + (plan.engine != "local")
+    if plan.colocated:
+        count += 1
+    elif group is not None:
+        count += len(plan.lm)
+    else:
+        count += 1 + len(plan.groups)
+    taken = count * hardware.communicator
+    text = f"{count} process groups of rank {rank} x {hardware.communicator} bytes, assumed"
+    return [Item("communicators", taken, text, ("topology.lm.dp", "topology.sae.groups"))] if taken else []
 
 
 def gigabytes(count: float) -> str:

@@ -1,9 +1,10 @@
 """Runs the code of a rank on tensors that have shapes and no values (torch's meta tensors), and with nobody to talk to.
 
 What the host computes for itself (which rows a lane takes, headers, schedules) is computed as in a run. What a device
-would hold has a shape, a dtype and a place in the sum of bytes. A value that is asked for is answered: 0 for a number,
-zeros for a copy on the host, and for a mask as many entries as it had where it came from the host, else all or a given
-most. The kernels are replaced by what they return.
+would hold has a shape, a dtype and a place in the sum of bytes. A value that is asked for is answered: 1.0, of whole
+numbers 0, zeros for a copy on the host, and for a mask as many entries as it had where it came from the host, else all
+or a given most. ``all`` is true and ``any`` false, as where everything is finite; what is compared of single numbers
+follows from their answers. The kernels are replaced by what they return.
 """
 
 import importlib
@@ -22,13 +23,13 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from scale_sae import interleave, kernels
 from scale_sae.kernels import dense
 from scale_sae.kernels.rows import RowGradient
-from scale_sae.planning.operations import is_fused
+from scale_sae.planning.operations import RULES, is_fused
 from scale_sae.saes.base import TrainingSAE
 
 # torch.optim has something else of this name.
@@ -96,7 +97,18 @@ class Shapes(TorchDispatchMode):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if packet is aten.copy_ and not args[0].is_meta:
             return args[0].zero_()
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func.namespace == "aten" and not kwargs and all(tensor.dim() == 0 for tensor in given):
+            self._compare(func, args, result)
+        return result
+
+    def _compare(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Notes what is true of single numbers, if ``result`` says so."""
+        if isinstance(result, Tensor) and result.is_meta and result.dtype is torch.bool and result.dim() == 0:
+            self.true[result] = int(func(*tree_map_only(Tensor, self._answered, args)))
+
+    def _answered(self, x: Tensor) -> Tensor:
+        return torch.tensor(_number(self, x), dtype=x.dtype) if x.is_meta else x
 
     def n_true(self, mask: Tensor) -> int:
         """How many entries of a meta tensor of bools are taken to be true."""
@@ -142,7 +154,27 @@ class Shapes(TorchDispatchMode):
 
 
 def _number(shapes: Shapes, x: Tensor) -> bool | int | float:
-    return False if x.dtype is torch.bool else 0.0 if x.is_floating_point() else 0
+    if x.dtype is torch.bool:
+        return bool(shapes.true.get(x, False))
+    return 1.0 if x.is_floating_point() else 0  # people divide by scales and norms
+
+
+def _all(shapes: Shapes, x: Tensor, *rest: Any, **keys: Any) -> Tensor:
+    return _taken(shapes, aten.all(x, *rest, **keys), True)
+
+
+def _any(shapes: Shapes, x: Tensor, *rest: Any, **keys: Any) -> Tensor:
+    return _taken(shapes, aten.any(x, *rest, **keys), False)
+
+
+def _taken(shapes: Shapes, result: Tensor, answer: bool) -> Tensor:
+    if result.dim() == 0:  # else it is a mask, of which what counts is how many are true
+        shapes.true[result] = int(answer)
+    return result
+
+
+def _grouped(shapes: Shapes, rows: Tensor, matrices: Tensor, *rest: Any, **keys: Any) -> Tensor:
+    return RULES[aten._grouped_mm](rows, matrices)
 
 
 def _nonzero(shapes: Shapes, x: Tensor) -> Tensor:
@@ -189,6 +221,9 @@ def _equal(shapes: Shapes, x: Tensor, y: Tensor) -> bool:
 
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense: _number,
+    aten.all: _all,
+    aten.any: _any,
+    aten._grouped_mm: _grouped,
     aten.nonzero: _nonzero,
     aten.index: _index,
     aten.index_put_: _index_put_,
@@ -197,6 +232,7 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._unique2: _unique,
     aten.bincount: _bincount,
     aten.equal: _equal,
+    aten.allclose: lambda shapes, *rest, **keys: True,
 }
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ PASS_SHARE = 0.9
 LINK_SHARE = 0.75
 # Moved for one candidate of a selection: some hundred passes over int64 indices and values, counted in selection.py.
 CANDIDATE_BYTES = 1000
+# Bytes that each communicator of NCCL takes on a GPU: 544 to 688 MB on A100s (github.com/NVIDIA/nccl, issue 964).
+COMMUNICATOR = GIB // 2
 
 
 def ring(op: str, ranks: int) -> tuple[int, float]:
@@ -60,6 +63,7 @@ class Hardware:
         memory: bytes of a GPU, or of a node where ranks are CPU processes.
         runtime: bytes that a process takes of it before its first tensor.
         reading: bytes that a process takes beside for reading text: libraries, tokenizer, documents. On GPUs 0.
+        communicator: bytes that each communicator of NCCL takes of a GPU; 0 on CPUs.
         matrix: name of a dtype, or "tf32" → FLOP/s that large matrix products reach.
         bandwidth: bytes/s of passes over more memory than the caches hold, read + written.
         gather: bytes/s of rows that are read by their numbers and summed.
@@ -77,6 +81,7 @@ class Hardware:
     memory: int
     runtime: int
     reading: int
+    communicator: int
     matrix: Mapping[str, float]
     bandwidth: float
     gather: float
@@ -87,6 +92,14 @@ class Hardware:
     inter: Link
     at_once: int | None
     sources: tuple[str, ...]
+
+
+def communicators() -> str:
+    """Where ``COMMUNICATOR`` is from, for `Hardware.sources`."""
+    return (
+        f"Assumed: {COMMUNICATOR // 2**20} MiB for each communicator of NCCL (--hardware.communicator_mib); on A100s "
+        "they took 544 to 688 MB (github.com/NVIDIA/nccl, issue 964)."
+    )
 
 
 def _gpu(
@@ -117,6 +130,7 @@ def _gpu(
         memory=int(memory_gib * GIB),
         runtime=int(1.5 * GIB),
         reading=0,
+        communicator=COMMUNICATOR,
         matrix={"float64": double, "float32": single, "tf32": tf32, "bfloat16": half, "float16": half},
         bandwidth=bandwidth,
         gather=bandwidth,
@@ -131,7 +145,8 @@ def _gpu(
             f"Assumed of them: {PRODUCT_SHARE:.0%} in products, {PASS_SHARE:.0%} in passes over memory (both as "
             f"measured on an H200), {LINK_SHARE:.0%} on links.",
             f"Assumed: a network of {inter_gbps:g} Gb/s for each GPU (--hardware.inter_gbps), messages of 3 us in a "
-            "node and 6 us between nodes, 6 us for an operation, 1.5 GiB for CUDA and NCCL.",
+            "node and 6 us between nodes, 6 us for an operation, 1.5 GiB for CUDA.",
+            communicators(),
         ),
     )
 
@@ -168,19 +183,21 @@ def _rate(dtype: str) -> Callable[[Hardware, float], Hardware]:
     return lambda hardware, value: replace(hardware, matrix={**hardware.matrix, dtype: value * 1e12})
 
 
-# What may stand behind ``--hardware.``: the figure in the unit of its name, as it is reached and not a peak.
+# What may stand behind ``--hardware.``: the figure in the unit of its name, as it is reached and not a peak. But
+# ``_gbps`` is what a network or NVLink is sold as, of which `LINK_SHARE` is reached.
 CHANGES: dict[str, Callable[[Hardware, float], Hardware]] = {
     "memory_gib": lambda hardware, value: replace(hardware, memory=int(value * GIB)),
     "runtime_gib": lambda hardware, value: replace(hardware, runtime=int(value * GIB)),
     "reading_gib": lambda hardware, value: replace(hardware, reading=int(value * GIB)),
+    "communicator_mib": lambda hardware, value: replace(hardware, communicator=int(value * 2**20)),
     **{f"{dtype}_tflops": _rate(dtype) for dtype in ("float64", "float32", "tf32", "bfloat16", "float16")},
     "bandwidth_gbytes": lambda hardware, value: replace(hardware, bandwidth=value * 1e9),
     "gather_gbytes": lambda hardware, value: replace(hardware, gather=value * 1e9),
     "candidate_ns": lambda hardware, value: replace(hardware, candidate=value * 1e-9),
     "overhead_us": lambda hardware, value: replace(hardware, overhead=value * 1e-6),
-    "intra_gbps": _link("intra", "bandwidth", 1e9 / 8),
+    "intra_gbps": _link("intra", "bandwidth", LINK_SHARE * 1e9 / 8),
     "intra_latency_us": _link("intra", "latency", 1e-6),
-    "inter_gbps": _link("inter", "bandwidth", 1e9 / 8),
+    "inter_gbps": _link("inter", "bandwidth", LINK_SHARE * 1e9 / 8),
     "inter_latency_us": _link("inter", "latency", 1e-6),
     "at_once": lambda hardware, value: replace(hardware, at_once=max(1, int(value))),
 }
@@ -199,6 +216,11 @@ def find(device: str, overrides: Mapping[str, object]) -> Hardware:
     hardware = DEVICES.get(device.lower())
     if hardware is None:
         hardware = _read(device)
+    return changed(hardware, overrides)
+
+
+def changed(hardware: Hardware, overrides: Mapping[str, object]) -> Hardware:
+    """``hardware`` with figures of one's own: keys of ``CHANGES`` → numbers. ``UserError`` where one is wrong."""
     for key, value in overrides.items():
         if key not in CHANGES:
             raise UserError(
@@ -207,8 +229,37 @@ def find(device: str, overrides: Mapping[str, object]) -> Hardware:
         # bool is an int, and "0" would divide by zero.
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise UserError(f"--hardware.{key}: {value!r} is no number above 0")
-        hardware = replace(CHANGES[key](hardware, value), sources=(*hardware.sources, f"Given: {key} = {value}."))
+        assumed = f", of which {LINK_SHARE:.0%} are assumed to be reached" if key.endswith("_gbps") else ""
+        said = f"Given: {key} = {value}{assumed}."
+        hardware = replace(CHANGES[key](hardware, value), sources=(*hardware.sources, said))
     return hardware
+
+
+def this_gpu(name: str, memory: int) -> Hardware:
+    """The entry of ``DEVICES`` for a GPU of this machine, with its own memory.
+
+    Args:
+        name: as ``torch.cuda.get_device_name`` gives it, like "NVIDIA A100-SXM4-40GB".
+        memory: its bytes.
+
+    Raises:
+        UserError: there is none.
+    """
+    text = re.sub(r"[^a-z0-9]+", " ", name.lower())
+    found = [known for known in DEVICES if all(_says(text, part) for part in known.split("-"))]
+    if not found:
+        raise UserError(
+            f"--device: {name!r}, the GPU of this machine, is not in the table; name what comes next to it, of "
+            f"{', '.join(DEVICES)}, or measure it with accelerate launch -m scale_sae.plan --calibrate=machine.json"
+        )
+    known = max(found, key=len)
+    said = f"This machine: {name}, taken for {known}, with {memory / GIB:.1f} GiB."
+    return replace(DEVICES[known], memory=memory, sources=(*DEVICES[known].sources, said))
+
+
+def _says(text: str, part: str) -> bool:
+    """Whether words hold ``part``, spaces aside: "rtx 4090" holds rtx4090, but "gh200" no h200, and "a1000" no a100."""
+    return re.search(r"(?<![a-z0-9])" + " ?".join(part) + r"(?![0-9])", text) is not None
 
 
 def _read(device: str) -> Hardware:
@@ -257,6 +308,7 @@ def from_json(found: Mapping[str, Any]) -> Hardware:
         memory=int(values["memory"]),
         runtime=int(values["runtime"]),
         reading=int(values["reading"]),
+        communicator=int(values["communicator"]),
         matrix={str(dtype): float(rate) for dtype, rate in values["matrix"].items()},
         bandwidth=float(values["bandwidth"]),
         gather=float(values["gather"]),

@@ -61,9 +61,10 @@ def items(w: Workload, role: Role, profile: "LMProfile | None", kind: Kind, dead
     forward: Phase = []
     steps: list[Phase] = []
     if profile is not None:
-        keys = ("topology.lm.tp", "model.dtype", "topology.lm.parallel")
+        # Only ranks of their own can share it.
+        keys = ("topology.lm",) if w.plan.colocated else ("topology.lm.tp", "topology.lm.parallel")
         text = f"a rank's part of {profile.weights_whole} bytes over {profile.tp} ranks"
-        held.append(Item("LM weights", profile.weights, text, keys))
+        held.append(Item("LM weights", profile.weights, text, (*keys, "model.dtype")))
         forward = _capture(w, role, profile)
     if role.group is None:
         held.append(_sending(w, role.ranks[0]))
@@ -183,9 +184,10 @@ def _state(w: Workload, s: SAEShard, kind: Kind) -> Phase:
     if offloaded:
         moments -= 2 * own
     each = 2 if s.spec.train.moments_dtype == "bfloat16" else s.wide
-    keys = ("topology.sae.tp", "topology.sae.dp", "saes.d_sae", "topology.sae.groups")
+    of_entry = f"saes.{s.spec.entry}"
+    keys = ("topology.sae.tp", "topology.sae.dp", f"{of_entry}.d_sae", "topology.sae.groups")
     return [
-        Item("SAE parameters", parameters, text, (*keys, "saes.dtype")),
+        Item("SAE parameters", parameters, text, (*keys, f"{of_entry}.dtype")),
         Item(
             "optimizer state", moments, f"2 moments x {each} bytes for each parameter", ("train.moments_dtype", *keys)
         ),
@@ -271,7 +273,7 @@ def _steps(w: Workload, shards: list[SAEShard], kind: Kind, dead: int) -> list[P
     found = []
     for s in shards:
         converts = s.sae.dtype != w.dtype or s.spec.cfg.normalize_activations == "expected_average_only_in"
-        found.append(step_phases(s, kind, limit, converts, _bucket(w), dead))
+        found.append(step_phases(s, kind, limit, converts, _bucket(w), min(dead, s.cfg.d_sae)))
     found.sort(key=lambda phases: max(map(total, phases)), reverse=True)
     if _in_turns(shards) == 1:
         return found[0]

@@ -27,25 +27,30 @@ def search(
     per_node: int,
     profile_of: Callable[[RunConfig], "LMProfile | None"],
 ) -> list[Estimate]:
-    """Every topology of at most ``ranks`` ranks that fits, fastest first; of those as fast, the one of fewest ranks.
+    """Topologies of at most ``ranks`` ranks that fit, fastest first; of those as fast, the one of fewest ranks.
 
-    Of each division of the SAEs, the copies of the language model are as many as it can use. ``lm.parallel:
-    device_map`` and ``lm.cache`` stay as they are.
+    Of each division of the SAEs, the copies of the language model are as many as it can use, and each is split over a
+    power of two of ranks. ``lm.parallel: device_map`` and ``lm.cache`` stay as they are.
+
+    Raises:
+        UserError: with ``device_map``, ``lm.devices_per_rank`` does not say how many GPUs a copy has.
     """
 
     lm = w.config.topology.lm
+    if lm.parallel == "device_map" and lm.devices_per_rank is None:
+        raise UserError("--search: with topology.lm.parallel: device_map, set topology.lm.devices_per_rank")
     weights = 0  # of a copy of the model, at least
     if lm.cache is None and lm.parallel == "tp":
         weights = sum(p.numel() for p in build_architecture(w.config.model).parameters()) * w.dtype.itemsize
 
     def estimated(laid_out: TopologyConfig) -> Estimate | None:
-        try:
-            placed = w.on(laid_out)
-        except UserError:
-            return None
         if weights / laid_out.lm.tp > hardware.memory:
             return None  # without running the model to learn more
-        found = Estimate(placed, hardware, per_node, profile_of(placed.config))
+        try:
+            placed = w.on(laid_out)
+            found = Estimate(placed, hardware, per_node, profile_of(placed.config))
+        except UserError:
+            return None
         return found if found.fits else None
 
     found = [estimated(laid_out) for laid_out in colocated(w, ranks)]
@@ -67,6 +72,9 @@ def _fewest_copies(
         return estimated(replace(laid_out, lm=replace(laid_out.lm, dp=count)))
 
     found = with_copies(most)
+    while found is None and most > 1:
+        most //= 2  # SAE ranks have room for a chunk of each copy
+        found = with_copies(most)
     if found is None:
         return None
     # The language model's time divides by its copies, so this many would do.
@@ -101,9 +109,11 @@ def dedicated(w: Workload, ranks: int) -> Iterator[tuple[TopologyConfig, int]]:
 
 
 def divisions(w: Workload, ranks: int) -> Iterator[SAETopology]:
-    """The grids of at most ``ranks`` SAE ranks. Of groups, the fewest for each number of SAEs in the fullest one."""
+    """The grids of at most ``ranks`` SAE ranks. Of groups of equal SAEs, the fewest for each number in the fullest."""
     jobs = len(w.specs)
     groups = sorted({math.ceil(jobs / each) for each in range(1, jobs + 1)})
+    if len({spec.planned.cost for spec in w.specs}) > 1:
+        groups = list(range(1, jobs + 1))
     lanes = w.config.buffer.lanes
     shards = [n for n in range(1, lanes + 1) if lanes % n == 0 and all(s.cfg.d_sae % n == 0 for s in w.specs)]
     for count in groups:

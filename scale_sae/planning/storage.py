@@ -13,7 +13,7 @@ def _shards(w: Workload) -> Iterator[SAEShard]:
 
 
 def checkpoint_bytes(w: Workload) -> int:
-    """Of one checkpoint: weights and moments of all matrices, and the buffers of all groups where they are saved.
+    """Of one checkpoint: weights and moments of all matrices, and the buffer of each hookpoint where it is saved.
 
     What a latent has beside its rows of weights (biases, thresholds, counters) is left out.
     """
@@ -22,8 +22,7 @@ def checkpoint_bytes(w: Workload) -> int:
         moment = 2 if s.spec.train.moments_dtype == "bfloat16" else s.wide
         total += s.tp * numbers(s.matrices) * (s.wide + 2 * moment)
     if w.config.checkpoint.buffer == "save":
-        widths = sum(w.widths[name] for group in w.plan.groups for name in group.hookpoints)
-        total += w.schedule.buffer * widths * w.dtype.itemsize
+        total += w.schedule.buffer * sum(w.widths.values()) * w.dtype.itemsize
     return total
 
 

@@ -7,7 +7,7 @@ tokenising text, loading weights.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,9 @@ class Prediction:
     tokens_per_second: float
 
 
-def predict(w: Workload, hardware: Hardware, profile: "LMProfile | None", gpus_per_node: int) -> Prediction:
+def predict(
+    w: Workload, hardware: Hardware, profile: "LMProfile | None", gpus_per_node: int, dead: int = 0
+) -> Prediction:
     """What ``w`` takes on ``hardware``.
 
     Args:
@@ -79,8 +81,9 @@ def predict(w: Workload, hardware: Hardware, profile: "LMProfile | None", gpus_p
         hardware: of every rank.
         profile: of its language model; None where activations come from a cache.
         gpus_per_node: ranks of a node.
+        dead: dead latents of each SAE of the TopK family, in every step, over all shards.
     """
-    clock = _Clock(w, hardware, profile, gpus_per_node)
+    clock = _Clock(w, hardware, profile, gpus_per_node, dead)
     steps = {role: clock.step_of(role) for role in w.roles()}
     sides: dict[str, float] = {}
     for role, step in steps.items():
@@ -138,12 +141,14 @@ class _Step:
 class _Clock:
     """Turns work into seconds on some hardware."""
 
-    def __init__(self, w: Workload, hardware: Hardware, profile: "LMProfile | None", per_node: int):
+    def __init__(self, w: Workload, hardware: Hardware, profile: "LMProfile | None", per_node: int, dead: int):
         self.w = w
         self.hardware = hardware
         self.profile = profile
         self.per_node = per_node
+        self.dead = dead
         self.on_gpu = hardware.kind == "cuda"
+        self.links: dict[tuple[str, bool, int], Link] = {}
 
     # ---- ranks ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ class _Clock:
         if role.runs_lm and self.profile is not None:
             computing += self._of_lm(self.profile)
         computed = sum(part.seconds for part in computing)
-        moved = [(flow, self._part_of(flow, role)) for flow in flows(self.w, role, self.profile)]
+        moved = [(flow, self._part_of(flow, role)) for flow in flows(self.w, role, self.profile, self.dead)]
         sending = [part for _, part in moved]
         hidden = self._hidden(role, computed, moved)
         parts = [*computing, *sending]
@@ -172,7 +177,7 @@ class _Clock:
             first.setdefault(key, spec)
         work = [of_batches(self.w, group)]
         for key, times in alike.items():
-            work += of_an_sae(SAEShard.of(self.w, first[key], group), self.hardware.kind, times)
+            work += of_an_sae(SAEShard.of(self.w, first[key], group), self.hardware.kind, times, self.dead)
         parts = _joined(self.part(one) for one in work)
         return [*parts, *self._calls(sum(one.calls * one.times for one in work), parts, sum(o.host for o in work))]
 
@@ -248,34 +253,41 @@ class _Clock:
         )
 
     def _link(self, flow: Flow, role: Role) -> Link:
-        """The link that the ranks of a call share: inside a node, or between nodes.
+        """The slowest link that such calls of ranks of ``role`` use: who waits for it sets the pace of all.
 
         A ring that passes between nodes enters each through as many of its network cards as it has ranks there.
         """
         intra, inter = self.hardware.intra, self.hardware.inter
-        ranks = self._members(flow, role)
-        on_nodes = Counter(rank // self.per_node for rank in ranks)
-        if len(on_nodes) < 2:
-            return intra
-        if flow.op in ("send", "recv"):
-            return inter
-        return Link(min(intra.bandwidth, min(on_nodes.values()) * inter.bandwidth), inter.latency)
+        is_ring = flow.op not in ("send", "recv")
+        key = (flow.link, is_ring, role.ranks[0])
+        if key in self.links:
+            return self.links[key]
+        nodes = (Counter(rank // self.per_node for rank in ranks) for ranks in self._calls_among(flow.link, role))
+        across = (on_nodes for on_nodes in nodes if len(on_nodes) > 1)
+        if is_ring:
+            cards = min((min(on_nodes.values()) for on_nodes in across), default=0)
+            link = Link(min(intra.bandwidth, cards * inter.bandwidth), inter.latency) if cards else intra
+        else:
+            link = intra if next(across, None) is None else inter
+        self.links[key] = link
+        return link
 
-    def _members(self, flow: Flow, role: Role) -> Sequence[int]:
-        """The ranks of the call that the first rank of ``role`` makes."""
-        plan, rank, group = self.w.plan, role.ranks[0], role.group
-        if flow.link == "LM tp":
-            return plan.lm[plan.replica_of(rank) or 0]
-        if flow.link == "LM to SAE":
-            if group is None:
-                return [rank, *(other for one in plan.groups for other in plan.receivers(rank, one))]
-            return plan.sae_ranks if plan.colocated else [rank, *(p[0] for p in plan.lm)]
-        assert group is not None
-        place = group.ranks.index(rank)
-        if flow.link == "tp":
-            first = place - place % group.tp
-            return group.ranks[first : first + group.tp]
-        return group.ranks[place % group.tp :: group.tp]
+    def _calls_among(self, link: str, role: Role) -> Iterator[Sequence[int]]:
+        """The ranks of every call over ``link`` in which one of ``role`` takes part, a pair for messages."""
+        plan, among = self.w.plan, set(role.ranks)
+        groups = [group for group in plan.groups if role.group is None or group.ranks[0] in among]
+        if link == "LM tp":
+            yield from plan.lm
+        elif link == "LM to SAE" and plan.colocated:
+            yield plan.sae_ranks  # each sends to every other
+        elif link == "LM to SAE":
+            for ranks in plan.lm:
+                for group in groups:
+                    yield from ((ranks[place % len(ranks)], rank) for place, rank in enumerate(group.ranks))
+        else:
+            for group in groups:
+                rows = [group.ranks[first : first + group.tp] for first in range(0, len(group.ranks), group.tp)]
+                yield from rows if link == "tp" else zip(*rows, strict=True)
 
     # ---- what happens at once ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What one rank computes in a step: products, passes over memory, gathered rows, as the code of the step makes them.
 
-No latent is dead here (AuxK costs nothing then) and no step logs; checkpoints and evaluations are left out.
+No step logs; checkpoints and evaluations are left out, and AuxK on dense activations (of subclasses of one's own).
 """
 
 import math
@@ -32,6 +32,10 @@ CODES_OPS, DENSE_OPS, STEP_OPS, LANE_OPS = 270, 200, 100, 2
 # Dense activations: reads and writes of [B, latents] beside matrix products, and how many of the writes go to new
 # tensors, counted at torch's dispatcher.
 DENSE_PASSES = {"standard": (25, 9.5), "jumprelu": (42, 17), "gated": (50, 20)}
+# AuxK, counted at torch's dispatcher: reads and writes of [B, dead latents] beside matrix products, and operations,
+# where all of these latents count; the same where k_aux of each row are chosen, without the passes of the selection.
+AUX_PASSES, AUX_OPS = 9, 70
+AUX_CHOICE_PASSES, AUX_CHOICE_OPS = 6, 210
 # Seconds of the host for each row of the buffer, which every draw puts into a random order (torch.randperm).
 DRAW = 1e-8
 
@@ -67,9 +71,21 @@ class Work:
     times: int = 1
 
 
-def of_an_sae(s: SAEShard, kind: str, times: int = 1) -> Iterator[Work]:
-    """The step of one SAE on one rank, as that of each of ``times``; ``kind``: of the device, "cpu" or "cuda"."""
-    yield from _on_codes(s, kind, times) if s.kind == "codes" else _on_dense(s, times)
+def of_an_sae(s: SAEShard, kind: str, times: int = 1, dead: int = 0) -> Iterator[Work]:
+    """The step of one SAE on one rank.
+
+    Args:
+        s: the SAE on the rank.
+        kind: of the device, "cpu" or "cuda".
+        times: how many SAEs are like it.
+        dead: its dead latents over all shards, as many on each.
+    """
+    if s.kind == "codes":
+        yield from _on_codes(s, kind, times)
+        for part in s.aux_parts(dead):
+            yield from _aux(s, kind, times, part)
+    else:
+        yield from _on_dense(s, times)
     yield _adam(s, kind, times)
 
 
@@ -117,6 +133,33 @@ def _on_codes(s: SAEShard, kind: str, times: int) -> Iterator[Work]:
         streamed=whole * (3 * s.wide + 2 * size),
         gathered=entries * width * size,
         fresh=_of_division(s),
+        times=times,
+    )
+
+
+def _aux(s: SAEShard, kind: str, times: int, dead: int) -> Iterator[Work]:
+    """AuxK of one part's latents, ``dead`` of them over all shards: `kernels.codes.decode_columns`, on all of these."""
+    here = min(-(-dead // s.tp), s.latents)
+    scores = s.rows * here
+    k_aux = max(1, s.d_out // 2)
+    chosen = min(k_aux, here) if dead > k_aux else 0
+    passes = AUX_CHOICE_PASSES + SCORE_PASSES[kind] if chosen else AUX_PASSES
+    yield Work(
+        "AuxK: scores",
+        f"{passes} passes over {s.rows} rows x {here} dead latents of {s.itemsize} bytes"
+        + (f", of which {chosen} in each row are chosen" if chosen else ""),
+        streamed=passes * scores * s.itemsize,
+        candidates=s.rows * chosen,
+        calls=AUX_CHOICE_OPS if chosen else AUX_OPS,
+        times=times,
+    )
+    width = 3 * s.d_out + s.d_in
+    yield Work(
+        "AuxK: products",
+        f"2 x {s.rows} rows x {here} dead latents x (3 x {s.d_out} + {s.d_in})",
+        s.spec.cfg.dtype,
+        flops=2 * scores * width,
+        streamed=(4 * scores + s.rows * width + here * width) * s.itemsize,
         times=times,
     )
 

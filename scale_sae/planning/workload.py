@@ -10,6 +10,7 @@ from scale_sae import engine_settings, topology
 from scale_sae.activations.architecture import input_name, kept_positions
 from scale_sae.activations.schedule import Schedule, schedule
 from scale_sae.config import RunConfig, TopologyConfig, validate
+from scale_sae.config_parsing import require
 from scale_sae.jobs import JobSpec, resolve
 from scale_sae.topology import Group, Plan
 
@@ -72,7 +73,13 @@ class Workload:
         kept = kept_positions(config.model, config.data)
         is_text = input_name(config.model) == "input_ids"
         bos = is_text and config.data.prepend_bos and config.data.exclude_special_tokens is True
-        first_is_kept = 0 in range(config.data.context_size)[slice(*config.data.seqpos_slice)]
+        positions = list(config.data.seqpos_slice)
+        first_is_kept = 0 in range(config.data.context_size)[slice(*positions)]
+        given = kept - (bos and first_is_kept)
+        remedy = (
+            "keeps only the BOS, which is left out; keep further positions, or set data.exclude_special_tokens: false"
+        )
+        require(given > 0, "data.seqpos_slice", positions, remedy)
         return cls(
             config=config,
             widths=widths,
@@ -81,7 +88,7 @@ class Workload:
             plan=topology.plan(config.topology, [spec.planned for spec in specs], config.buffer.lanes),
             dtype=getattr(torch, config.model.dtype),
             positions=config.data.context_size if is_text else kept,
-            rows_per_chunk=config.data.chunk_contexts * (kept - (bos and first_is_kept)),
+            rows_per_chunk=config.data.chunk_contexts * given,
         )
 
     def on(self, laid_out: TopologyConfig) -> "Workload":
