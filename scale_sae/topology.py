@@ -8,6 +8,7 @@ import datetime
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -339,6 +340,7 @@ def connect(rank: int, world_size: int, backend: str, base: Store | None = None)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"scale_sae/{attempt}/{next(_connections)}", base)
     default = "gloo" if backend == "gloo" else f"cpu:gloo,cuda:{backend}"
+    _forget_meshes()
     dist.init_process_group(default, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return PrefixStore("run", store)
 
@@ -357,6 +359,15 @@ def fake_world(rank: int, world_size: int) -> Iterator[Store]:
         yield store
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor keeps what it learnt of a mesh and takes another of the same ranks for it, whose groups may be gone."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def build(

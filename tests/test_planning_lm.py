@@ -401,3 +401,19 @@ def test_memory_while_loading(tmp_path: Path, dtype: str, tp: int) -> None:
     for most in run_ranks(tp, worker):
         # Besides weights: modules, and what the allocator keeps of small tensors.
         assert most == pytest.approx(bytes_while_loading(config, found), rel=0.05, abs=8 << 20)
+
+
+def test_real_ranks_do_not_ask_for_groups_that_never_were() -> None:
+    """A profile is made in a world without other ranks; a model may be split over ranks of the same numbers later."""
+    config = run_config("embedded", "model.layers.1", tp=2)
+    _, widths = planned(config)
+
+    def worker(rank: int, world: int) -> Tensor | None:
+        group = dist.new_group([1, 2])
+        if rank == 0:
+            return None
+        source = ActivationSource(config.model, widths, mesh=DeviceMesh.from_group(group, "cpu"))
+        return source.capture(chunk(config.model).tokens)["model.layers.1"]
+
+    _, first, second = run_ranks(3, worker)
+    assert torch.equal(first, second)
