@@ -28,7 +28,7 @@ from scale_sae.collectives import Ranks, Shard
 from scale_sae.config import DataConfig, ModelConfig, TrainConfig
 from scale_sae.job_trainer import JobTrainer, new_sae
 from scale_sae.jobs import JobSpec
-from scale_sae.planning.hardware import COMMUNICATOR, Hardware, Link, communicators, ring
+from scale_sae.planning.hardware import COMMUNICATOR, Hardware, Link, communicator_source, ring
 from scale_sae.planning.work import CODES_OPS, SCORE_PASSES
 from scale_sae.saes.topk import TopKTrainingSAEConfig
 from scale_sae.selection import TopK
@@ -105,7 +105,7 @@ def measure(session: Ranked) -> Hardware | None:
             f"Measured on {time.strftime('%Y-%m-%d')}: {name}, {session.world_size} ranks, {local} per node, {threads}"
             f"torch {torch.__version__}, backend {backend}.",
             *said,
-            *([communicators()] if kind == "cuda" else []),
+            *([communicator_source()] if kind == "cuda" else []),
         ),
     )
 

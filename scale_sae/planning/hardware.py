@@ -94,7 +94,7 @@ class Hardware:
     sources: tuple[str, ...]
 
 
-def communicators() -> str:
+def communicator_source() -> str:
     """Where ``COMMUNICATOR`` is from, for `Hardware.sources`."""
     return (
         f"Assumed: {COMMUNICATOR // 2**20} MiB for each communicator of NCCL (--hardware.communicator_mib); on A100s "
@@ -146,7 +146,7 @@ def _gpu(
             f"measured on an H200), {LINK_SHARE:.0%} on links.",
             f"Assumed: a network of {inter_gbps:g} Gb/s for each GPU (--hardware.inter_gbps), messages of 3 us in a "
             "node and 6 us between nodes, 6 us for an operation, 1.5 GiB for CUDA.",
-            communicators(),
+            communicator_source(),
         ),
     )
 

@@ -142,7 +142,7 @@ def _kept(w: Workload, group: Group, shards: list[SAEShard], kind: Kind) -> Phas
         if w.schedule.steps > w.config.checkpoint.every_steps:
             found.append(_checkpoint(w, group, found))
         in_turns = _in_turns(shards)
-        room = sorted((_workspace(w, s) for s in shards), reverse=True)[:in_turns]
+        room = sorted((_workspace(s) for s in shards), reverse=True)[:in_turns]
         text = f"the largest SAE's rows at once, for each of {in_turns} in turns"
         found.append(Item("pre-activations", sum(room), text, ("topology.pre_activation_mib",)))
     return found
@@ -153,12 +153,9 @@ def _in_turns(shards: list[SAEShard]) -> int:
     return 2 if len(shards) > 1 and shards[0].tp * shards[0].dp > 1 else 1
 
 
-def _workspace(w: Workload, s: SAEShard) -> int:
+def _workspace(s: SAEShard) -> int:
     """A CPU's memory for pre-activations, which a thread keeps."""
-    if s.kind == "dense":
-        return 0
-    row = s.latents * s.itemsize
-    return min(s.rows, max(1, w.config.topology.pre_activation_mib * 2**20 // row)) * row
+    return 0 if s.kind == "dense" else s.block_rows * s.latents * s.itemsize
 
 
 def _state(w: Workload, s: SAEShard, kind: Kind) -> Phase:
@@ -269,11 +266,10 @@ def _transported(w: Workload, role: Role) -> Phase:
 
 def _steps(w: Workload, shards: list[SAEShard], kind: Kind, dead: int) -> list[Phase]:
     """The phases of the SAE that takes most; beside each, the fullest one of a second SAE, where two take turns."""
-    limit = w.config.topology.pre_activation_mib * 2**20
     found = []
     for s in shards:
         converts = s.sae.dtype != w.dtype or s.spec.cfg.normalize_activations == "expected_average_only_in"
-        found.append(step_phases(s, kind, limit, converts, _bucket(w), min(dead, s.cfg.d_sae)))
+        found.append(step_phases(s, kind, converts, _bucket(w), min(dead, s.cfg.d_sae)))
     found.sort(key=lambda phases: max(map(total, phases)), reverse=True)
     if _in_turns(shards) == 1:
         return found[0]

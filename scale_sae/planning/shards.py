@@ -94,6 +94,16 @@ class SAEShard:
         return int(self.cfg.k * self.batch)
 
     @property
+    def block_rows(self) -> int:
+        """Rows of pre-activations that exist at once."""
+        return min(self.rows, self.sae.block_rows(self.latents))
+
+    @property
+    def k_aux(self) -> int:
+        """The most dead latents that a row's residual is given to; 0 without AuxK."""
+        return self.sae.k_aux if isinstance(self.sae, TopKTrainingSAE) else 0
+
+    @property
     def levels(self) -> int:
         """Reconstructions of a batch: one, but for Matryoshka SAEs."""
         return len(self.sae.level_ends()) if isinstance(self.sae, TopKTrainingSAE) else 1

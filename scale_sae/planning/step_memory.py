@@ -47,20 +47,17 @@ def total(items: Sequence[Item]) -> int:
     return sum(item.bytes for item in items)
 
 
-def step_phases(
-    s: SAEShard, kind: Kind, pre_activation_bytes: int, converts: bool, bucket: int, dead: int
-) -> list[Phase]:
+def step_phases(s: SAEShard, kind: Kind, converts: bool, bucket: int, dead: int) -> list[Phase]:
     """The phases of one SAE's step, in their order.
 
     Args:
         s: the SAE on this rank.
         kind: of device.
-        pre_activation_bytes: what ``topology.pre_activation_mib`` allows.
         converts: whether inputs are copied for a change of dtype or scale.
         bucket: bytes of the buffers in which DeepSpeed joins gradients; 0 with other engines.
         dead: dead latents over all shards; they count in the TopK family.
     """
-    step = _Step(s, kind, pre_activation_bytes, converts, bucket, s.aux_parts(dead) if s.kind == "codes" else [])
+    step = _Step(s, kind, converts, bucket, s.aux_parts(dead) if s.kind == "codes" else [])
     forward = [step.selection()] if s.kind == "codes" else []
     backward = [step.losses(), *([step.dead_latents()] if step.parts else []), *step.reduction()]
     return [*forward, *backward, step.update()]
@@ -70,7 +67,6 @@ def step_phases(
 class _Step:
     s: SAEShard
     kind: Kind
-    pre_activation_bytes: int
     converts: bool
     bucket: int
     parts: list[int]
@@ -99,13 +95,9 @@ class _Step:
     @property
     def dead(self) -> list[tuple[int, int, bool]]:
         """Of each part: its latents on this shard, how many of them a row has, whether these are chosen."""
-        k_aux = max(1, self.s.d_out // 2)
+        k_aux = self.s.k_aux
         local = [(-(-part // self.s.tp), part > k_aux) for part in self.parts]
         return [(some, min(some, k_aux), chosen) for some, chosen in local]
-
-    @property
-    def block_rows(self) -> int:
-        return min(self.s.rows, max(1, self.pre_activation_bytes // (self.s.latents * self.s.itemsize)))
 
     # ---- phases ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +136,7 @@ class _Step:
     def _candidates(self) -> tuple[int, int, str]:
         """Bytes of the candidates while the last are found and while it is chosen from them; how many they are."""
         s, size = self.s, self.s.itemsize
-        blocks, block = -(-s.rows // self.block_rows), self.block_rows * s.latents
+        blocks, block = -(-s.rows // self.s.block_rows), self.s.block_rows * s.latents
         kept = 16 + size  # indices of row and latent (int64), the score
         if s.selects == "batch":
             # The first block alone may have as many as the batch selects; each later one adds to a tighter bound.
@@ -266,8 +258,8 @@ class _Step:
 
     def _pre_activations(self) -> Item:
         s = self.s
-        bytes_ = self.block_rows * s.latents * s.itemsize
-        formula = f"{self.block_rows} rows at once x {s.latents} latents x {s.itemsize} bytes"
+        bytes_ = self.s.block_rows * s.latents * s.itemsize
+        formula = f"{self.s.block_rows} rows at once x {s.latents} latents x {s.itemsize} bytes"
         return Item("pre-activations", bytes_, formula, ("topology.pre_activation_mib",))
 
     def _dense(self) -> Item:

@@ -115,8 +115,8 @@ def _of_an_sae(s: SAEShard, dead: int) -> list[Flow]:
     elif s.selects == "batch":
         _choice_in_batch(s, tp, dp)
     for part in parts:
-        if part > (k_aux := max(1, s.d_out // 2)):
-            _choice_in_rows(s, k_aux, tp, dp)
+        if part > s.k_aux:
+            _choice_in_rows(s, s.k_aux, tp, dp)
     _reconstruction(s, len(parts), tp)
     _update(s, tp, dp)
     return tp.flows + dp.flows

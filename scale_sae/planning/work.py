@@ -104,7 +104,7 @@ def _on_codes(s: SAEShard, kind: str, times: int) -> Iterator[Work]:
     )
     # The k best of each row are known when all shards have sent theirs; the best of a batch from a histogram.
     candidates = entries if s.selects == "batch" else math.ceil(s.rows * min(cfg.k, s.latents))
-    blocks = -(-scores * size // BLOCK) if kind == "cpu" else -(-s.rows // s.sae.block_rows(s.latents))
+    blocks = -(-scores * size // BLOCK) if kind == "cpu" else -(-s.rows // s.block_rows)
     norms = s.latents * s.d_out * size if cfg.rescale_acts_by_decoder_norm else 0
     yield Work(
         "selection",
@@ -141,8 +141,7 @@ def _aux(s: SAEShard, kind: str, times: int, dead: int) -> Iterator[Work]:
     """AuxK of one part's latents, ``dead`` of them over all shards: `kernels.codes.decode_columns`, on all of these."""
     here = min(-(-dead // s.tp), s.latents)
     scores = s.rows * here
-    k_aux = max(1, s.d_out // 2)
-    chosen = min(k_aux, here) if dead > k_aux else 0
+    chosen = min(s.k_aux, here) if dead > s.k_aux else 0
     passes = AUX_CHOICE_PASSES + SCORE_PASSES[kind] if chosen else AUX_PASSES
     yield Work(
         "AuxK: scores",
