@@ -129,6 +129,7 @@ def ours(setting: Setting, turns: Turns, rank: int, world: int) -> None:
     hookpoint = "model.layers.1"
     run = config.from_dict(
         {
+            "recipe": "saelens",
             "model": {"dtype": setting.dtype},
             "hookpoints": [hookpoint],
             "saes": [entry],

@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from scale_sae import recipes
 from scale_sae.config_parsing import differences, from_mapping, read_yaml, require, set_dotted, show, to_plain
 from scale_sae.config_schema import (
     NOT_IDENTITY,
@@ -46,6 +47,7 @@ __all__ = [
     "TrainConfig",
     "differences",
     "from_dict",
+    "from_saved",
     "identity",
     "load",
     "to_dict",
@@ -75,7 +77,20 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
 
 
 def from_dict(tree: Mapping[str, Any]) -> RunConfig:
-    """The checked config in ``tree``, for example what ``to_dict`` returned. UserError as for ``load``."""
+    """The checked config in ``tree``, with what it leaves out filled in by its recipes. UserError as for ``load``.
+
+    What ``to_dict`` returned leaves nothing out and gives an equal config.
+    """
+    config = recipes.fill(from_saved(tree), tree.get("train", {}))
+    validate(config)
+    return config
+
+
+def from_saved(tree: Mapping[str, Any]) -> RunConfig:
+    """The checked config of a run that was made, from what ``to_dict`` then returned. UserError as for ``load``.
+
+    Nothing is filled in: the version that made the run may have had other recipes, or none.
+    """
     for name, value in tree.items():
         inner = [key for key in _section_keys() if key.endswith(f".{name}")]
         if inner and name not in get_type_hints(RunConfig):
@@ -213,7 +228,10 @@ def _check_topology(config: RunConfig) -> None:
 
 def _check_train(key: str, train: TrainConfig) -> None:
     """Checks settings that hold for the run (``key`` "train") or for one SAE ("saes.0")."""
-    for name in ("lr", "n_restart_cycles", "max_grad_norm", "dead_feature_window_tokens", "feature_sampling_window"):
+    for name in (
+        *("lr", "n_restart_cycles", "max_grad_norm", "adam_eps"),
+        *("dead_feature_window_tokens", "feature_sampling_window"),
+    ):
         require(getattr(train, name) > 0, f"{key}.{name}", getattr(train, name), "must be above 0")
     for name in ("lr_warm_up_steps", "lr_decay_steps"):
         require(getattr(train, name) >= 0, f"{key}.{name}", getattr(train, name), "must be at least 0")

@@ -67,13 +67,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of the stream and the optimizer. All but ``STREAM_KEYS`` may also stand in an entry of ``saes``."""
+    """The length of the stream and the optimizer. All but ``STREAM_KEYS`` may also stand in an entry of ``saes``.
+
+    Where a comment says "by the recipe", a config that leaves the key out has the value that `recipes` gives for the
+    SAE's architecture and size, in the entry of ``saes``; the default here is that of the library's classes.
+    """
 
     # Activations (tokens that are kept) that every SAE is trained on.
     training_tokens: int = 2_000_000
     # Activations per step, over all ranks.
     train_batch_size_tokens: int = 2048
-    # Peak learning rate of Adam.
+    # Peak learning rate of Adam. By the recipe: falls with √d_sae for TopK.
     lr: float = 4e-4
     # Where the schedule's main part and the decay end; null: lr / 10.
     lr_end: float | None = None
@@ -81,15 +85,17 @@ class TrainConfig:
     lr_scheduler_name: Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"] = "constant"
     # Cycles of cosineannealingwarmrestarts.
     n_restart_cycles: int = 1
-    # Steps in which lr rises linearly to its peak.
+    # Steps in which lr rises linearly to its peak. By the recipe: a twentieth of the run.
     lr_warm_up_steps: int = 0
-    # Steps at the end in which lr falls linearly to zero.
+    # Steps at the end in which lr falls linearly to zero. By the recipe: a fifth of the run.
     lr_decay_steps: int = 0
+    # Adam's decay of the moments, and what is added to the root of the second. By the recipe.
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
     # The norm that the gradient of one SAE (all of its parameters on all shards) is clipped to.
     max_grad_norm: float = 1.0
-    # A latent that has not fired on this many tokens is dead.
+    # A latent that has not fired on this many tokens is dead. By the recipe: a tenth of the run.
     dead_feature_window_tokens: int = 1_000_000
     # Steps over which firing frequencies are counted before they start anew.
     feature_sampling_window: int = 2000
@@ -99,6 +105,9 @@ class TrainConfig:
     # Of the whole process, the language model too.
     allow_tf32: bool = False
 
+
+# Names of the recipes.
+Recipe = Literal["default", "saelens"]
 
 # The keys of `train` that are the same for all SAEs of a run.
 STREAM_KEYS = frozenset({"training_tokens", "train_batch_size_tokens", "allow_tf32"})
@@ -144,6 +153,8 @@ class SAEEntry:
     """
 
     architecture: str = "topk"
+    # What fills in the keys that this entry and `train` leave out; null: the run's recipe.
+    recipe: Recipe | None = None
     # Ends the sae_id: `<hookpoint>/<name>`. Needed where a hookpoint has several SAEs.
     name: str | None = None
     # Hookpoints of this SAE alone; null: those of the run.
@@ -167,7 +178,7 @@ class SAEEntry:
     def from_yaml(cls, value: Any, key: str) -> "SAEEntry":
         """The entry in the flat mapping ``value``; UserError naming ``key`` and what is wrong."""
         hints, train_hints = get_type_hints(cls), get_type_hints(TrainConfig)
-        own = ("architecture", "name", "hookpoints", "hookpoint_out", "init_from")
+        own = ("architecture", "recipe", "name", "hookpoints", "hookpoint_out", "init_from")
         require_mapping(value, key, (*own, "d_sae", "k", "..."))
         entry: dict[str, Any] = {"train": {}, "options": {}}
         for name, item in value.items():
@@ -195,6 +206,7 @@ class SAEEntry:
         own = {
             "name": self.name,
             "architecture": self.architecture,
+            "recipe": self.recipe,
             "hookpoints": self.hookpoints,
             "hookpoint_out": self.hookpoint_out,
             "init_from": self.init_from,
@@ -352,6 +364,9 @@ class RunConfig:
     # Captured is the module's output, or with the suffix :in its input.
     hookpoints: tuple[str, ...]
     saes: tuple[SAEEntry, ...]
+    # What fills in the keys that neither `train` nor an entry of ``saes`` holds: values that train good SAEs, by
+    # architecture and size (default), or SAELens's own (saelens). The config in the run's folder has them, in ``saes``.
+    recipe: Recipe = "default"
     # Decides the initial weights and the order of the activations.
     seed: int = 0
     # The run's folder: resolved config, metrics, checkpoints. All nodes must see it.

@@ -177,7 +177,7 @@ def _replace(out: Path, aside: Path) -> None:
 
 def metadata(folder: Path, meta: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """SAELens's metadata of one SAE, and where it comes from."""
-    run = config.from_dict(meta["config"])
+    run = config.from_saved(meta["config"])
     train = run.train_of(run.saes[job["entry"]])
     places = [job["hookpoint"], *([job["target"]] if job["target"] != job["hookpoint"] else [])]
     translated = [to_transformer_lens(place) for place in places]

@@ -26,7 +26,7 @@ from scale_sae import topology
 from scale_sae.activations.source import inspect_model
 from scale_sae.card import EVAL, FIGURES, json_object
 from scale_sae.collectives import NonFiniteError, Ranks
-from scale_sae.config import RunConfig, from_dict
+from scale_sae.config import RunConfig, from_saved
 from scale_sae.config_parsing import set_dotted
 from scale_sae.errors import UserError, nearest
 from scale_sae.export import RUNNER_CFG
@@ -337,7 +337,7 @@ def runs_of(
             for name, value in options.items():
                 set_dotted(tree, name, value)
             try:
-                config = from_dict(tree)
+                config = from_saved(tree)
             except UserError as error:
                 where = "" if str(error).startswith("topology") else f"{folder / RUNNER_CFG}: "
                 raise UserError(f"{where}{error}") from None

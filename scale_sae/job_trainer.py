@@ -91,6 +91,17 @@ class JobTrainer:
             with self.engine.whole(changes=True):
                 self.sae.fold_activation_norm_scaling_factor(1 / scale, 1 / target_scale)
 
+    @property
+    def starts_at_mean(self) -> bool:
+        """Whether b_dec is to start at the mean of the first targets; weights that were loaded have their own."""
+        return self.spec.cfg.b_dec_init == "mean" and self.spec.init_from is None
+
+    @torch.no_grad()
+    def set_b_dec(self, mean: Tensor) -> None:
+        """Sets b_dec to ``mean [d_out]`` of the normalised targets, float64, times their factor."""
+        self.engine.parameters["b_dec"].copy_(mean * self.target_scale)
+        self.engine.follow({"b_dec"})
+
     def step(
         self, x: Tensor, target: Tensor, n_rows: int, step: int, is_logging_step: bool
     ) -> dict[str, Tensor | float]:

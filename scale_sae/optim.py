@@ -44,7 +44,8 @@ def learning_rate(step: int, total_steps: int, train: "TrainConfig") -> float:
 def adam_of(groups: Iterable[Iterable[Tensor]], settings: "TrainConfig") -> torch.optim.Adam:
     """Adam for groups of parameters, with the constants of an SAE; `Update.prepare` sets the rate."""
     params = [{"params": list(group)} for group in groups]
-    return torch.optim.Adam(params, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.Adam(params, betas=betas, eps=settings.adam_eps, fused=True)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Optimizer:
                 beta2=self.settings.adam_beta2,
                 clip=update.clip,
                 skip=update.skip,
+                eps=self.settings.adam_eps,
                 seed=zlib.crc32(f"{name} {step}".encode()),
                 first=self.sae.rows.start + (self.engine.own.start if name in self.engine.divided else 0),
             ),

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import yaml
 
-from scale_sae import checkpoint
-from scale_sae.config import RunConfig, differences, from_dict, identity, to_dict
+from scale_sae import checkpoint, recipes
+from scale_sae.config import RunConfig, differences, from_saved, identity, to_dict
 from scale_sae.errors import UserError
 
 CONFIG = "config.yaml"
@@ -53,7 +53,7 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"output_dir: {run_dir} already holds a run; set resume: auto to go on, or choose another folder"
             )
-        saved = from_dict(yaml.safe_load(path.read_text()))
+        saved = from_saved(yaml.safe_load(path.read_text()))
         if config.resume not in ("auto", saved.resume):
             raise UserError(
                 f"resume: {config.resume}, but {run_dir} already holds a run that did not start from it; set resume: "
@@ -78,7 +78,7 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[P
     ``training_tokens`` may grow as long as no learning rate depends on where the run ends. Rows then come in another
     order than in a run of that length from the start where the old one had begun to use up its buffer.
     """
-    old = from_dict(saved)
+    old = from_saved(saved)
     found = differences(identity(old), identity(config))
     grows = config.train.training_tokens > old.train.training_tokens
     if grows and all(line.startswith("train.training_tokens") for line in found):
@@ -92,11 +92,23 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], checkpoints: list[P
             "choose another output_dir"
         )
     if found:
+        others = [line for line in found if not line.startswith("train.training_tokens")]
+        if grows and all(_is_filled(line) for line in others):
+            raise UserError(
+                f"train.training_tokens: {where} holds a run for whose length its recipe gave other values "
+                f"({others[0]}); to train on with those, give --config the {CONFIG} of the folder"
+            )
         more = f" and {len(found) - 2} more" if len(found) > 2 else ""
         raise UserError(
             f"output_dir: {where} holds a run with another config ({'; '.join(found[:2])}{more}); "
             "choose another output_dir or restore the config"
         )
+
+
+def _is_filled(difference: str) -> bool:
+    """Whether a line of ``differences`` is of a training key that a recipe may have put into an entry."""
+    key = difference.partition(": ")[0]
+    return key.startswith("saes.") and key.rpartition(".")[2] in recipes.TRAIN_KEYS
 
 
 def check_shared(run_dir: Path, nonce: str, key: str = "output_dir") -> None:

@@ -267,6 +267,7 @@ class LanguageModelSAERunnerConfig:
         tree = {
             "hookpoints": [_hookpoint(self.hook_name, model)],
             "saes": [entry],
+            "recipe": "saelens",
             "seed": self.seed,
             "model": model,
             "data": _data(self, self._chunk_contexts()),
@@ -406,6 +407,7 @@ class CacheActivationsRunnerConfig:
                 "hookpoints": [_hookpoint(self.hook_name, model)],
                 # No SAE is trained: what is asked for is the stream. The d_in is checked against the model.
                 "saes": [{"architecture": "standard", "d_sae": 1, "d_in": self.d_in}],
+                "recipe": "saelens",
                 "model": model,
                 "data": _data(self, self.model_batch_size),
                 "topology": self.topology or {},

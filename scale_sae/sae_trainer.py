@@ -130,8 +130,7 @@ class SAETrainer(Generic[T]):
         """
         if self.finished:
             return self.sae
-        if self.job.scales_inputs and self.activation_scaler.scaling_factor is None:
-            self._find_scale()
+        self._start_from_rows()
         self.clock = (time.monotonic(), self.n_training_steps)
         log = self._agree(
             lambda: TrainingLog(self.cfg, self.n_training_steps, asdict(self.sae.cfg)) if self.leads else None
@@ -161,24 +160,39 @@ class SAETrainer(Generic[T]):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    def _find_scale(self) -> None:
-        """Sets the factor of the inputs from batches that are not trained on, as SAELens does."""
+    def _start_from_rows(self) -> None:
+        """Sets the factor of the inputs, and b_dec at the mean, from batches that are not trained on.
+
+        SAELens's way to find the factor. A b_dec that is not zero is one that a script has set, and stays.
+        """
+        finds_scale = self.job.scales_inputs and self.activation_scaler.scaling_factor is None
+        sets_b_dec = self.job.starts_at_mean and not self.n_training_steps and not self.sae.b_dec.any()
+        if not finds_scale and not sets_b_dec:
+            return
         wanted = self.cfg.n_batches_for_norm_estimate
-        bar = progress_bar(wanted, "scaling factor", "batch", unit_scale=False) if self.leads else None
+        found = self.activation_scaler if finds_scale else ActivationScaler()
+        bar = progress_bar(wanted, "first rows", "batch", unit_scale=False) if self.leads else None
+        total = torch.zeros(self.sae.cfg.d_in + 1, dtype=torch.float64, device=self.sae.device)
 
         def watched() -> Iterator[Tensor]:
             for batch in islice(self.batches, wanted):
+                if sets_b_dec:
+                    rows = self.sae.row_norm.normalize(batch[batch.isfinite().all(dim=1)].double())
+                    total.add_(torch.nn.functional.pad(rows, (0, 1), value=1.0).sum(0))
                 yield batch
                 if bar is not None:
                     bar.update()
 
         try:
-            self.activation_scaler.estimate_scaling_factor(self.sae.cfg.d_in, watched(), wanted)
+            found.estimate_scaling_factor(self.sae.cfg.d_in, watched(), wanted)
         finally:
             if bar is not None:
                 bar.close()
-        assert self.activation_scaler.scaling_factor is not None
-        self.job.set_scales(self.activation_scaler.scaling_factor, self.activation_scaler.scaling_factor)
+        if finds_scale:
+            assert found.scaling_factor is not None
+            self.job.set_scales(found.scaling_factor, found.scaling_factor)
+        if sets_b_dec:
+            self.job.set_b_dec(total[:-1] / total[-1])
 
     def _step(self, batch: Tensor) -> None:
         """Trains on ``batch [B, d_in]``, less the rows that are not finite."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import DeviceMesh
 
-from scale_sae import checkpoint, engine_settings, profiling, rundir, topology
+from scale_sae import checkpoint, engine_settings, profiling, recipes, rundir, topology
 from scale_sae.activations.cache import Cache, CachedStream, open_cache
 from scale_sae.activations.device_map import bytes_off_device, max_memory
 from scale_sae.activations.schedule import Schedule, schedule
@@ -463,11 +463,14 @@ def train_in(
 def help_text() -> str:
     """The usage and every key with its default; ``config_schema.py`` says what each means."""
     example = RunConfig(("model.layers.1",), (SAEEntry(options={"d_sae": 2048, "k": 32}),))
+    filled = recipes.fill(example, ()).saes[0].train
 
     def leaves(tree: dict[str, Any], prefix: str) -> Iterator[str]:
         for name, value in tree.items():
             if isinstance(value, dict):
                 yield from leaves(value, f"{prefix}{name}.")
+            elif prefix == "train." and name in filled:
+                yield f"  --{prefix}{name}={json.dumps(filled[name])}   by the recipe, for this SAE and run"
             else:
                 yield f"  --{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}"
 

@@ -179,7 +179,7 @@ class Trainer:
         if not self.ahead and not self._look_ahead(stream, self.step):
             return False
         if self.step == 0:
-            self._set_scales()
+            self._start_from_rows()
         with record_function("wait for the batch"), self.stopwatch.during("activations"):
             rows = {name: finish().flatten(0, 1) for name, finish in self.ahead.items()}
         self.buffer.remove(self.step)
@@ -268,23 +268,47 @@ class Trainer:
             batches[source, target] = x, y, n_rows
         return batches
 
-    def _set_scales(self) -> None:
-        """Finds √d_in / mean norm of the rows in the buffer, for the SAEs that scale their inputs by it.
+    def _start_from_rows(self) -> None:
+        """Sets what SAEs take from the rows in the buffer: the factors of their inputs, and b_dec at the mean.
 
-        The buffer's first filling: many rows, none held for this alone, the same whatever the topology.
+        The buffer's first filling: many rows, none held for this alone, the same whatever the topology. Rows that
+        training would leave out are left out.
         """
-        scales: dict[str, float] = {}
+        norms: dict[str, tuple[Tensor, Tensor]] = {}
+        means: dict[tuple[str, str], Tensor] = {}
         for job in self.jobs:
-            if not job.scales_inputs:
-                continue
-            for name in (job.spec.hookpoint, job.spec.target):
-                if name not in scales:
-                    shard = self.topology.shard
-                    norms = shard.dp.all_gather(shard.all_gather(self.buffer.row_norms(name))).flatten()
-                    norms = norms[norms.isfinite()]
-                    mean = norms[norms <= OUTLIER_RATIO * norms.median()].mean()
-                    scales[name] = float(self.buffer.rows[name].shape[2] ** 0.5 / mean)
-            job.set_scales(scales[job.spec.hookpoint], scales[job.spec.target])
+            source, target = job.spec.hookpoint, job.spec.target
+            for name in (source, target):
+                if name not in norms and (job.scales_inputs or job.starts_at_mean):
+                    norms[name] = self._first_norms(name)
+            if job.scales_inputs:
+                job.set_scales(self._scale(source, norms[source][1]), self._scale(target, norms[target][1]))
+            if job.starts_at_mean:
+                key = target, str(job.spec.cfg.normalize_activations)
+                if key not in means:
+                    means[key] = self._first_mean(target, norms[target][0], job.sae.row_norm.normalize)
+                job.set_b_dec(means[key])
+
+    def _first_norms(self, name: str) -> tuple[Tensor, Tensor]:
+        """Which rows of this rank's lanes count, bool ``[lanes, slots]``, and the norms of all lanes' that do."""
+        shard = self.topology.shard
+        own = self.buffer.row_norms(name)
+        norms = shard.dp.all_gather(shard.all_gather(own)).flatten()
+        norms = norms[norms.isfinite()]
+        limit = OUTLIER_RATIO * norms.median()
+        return own <= limit, norms[norms <= limit]
+
+    def _scale(self, name: str, norms: Tensor) -> float:
+        """√d_in / mean norm."""
+        return float(self.buffer.rows[name].shape[2] ** 0.5 / norms.mean())
+
+    def _first_mean(self, name: str, usable: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of all lanes' rows that count, after ``change``: float64 ``[width]``, the same bits on all ranks."""
+        shard = self.topology.shard
+        own = self.buffer.sums(name, usable, change)
+        sums = shard.dp.all_gather(shard.all_gather(torch.cat([own, usable.sum(1, keepdim=True)], dim=1)))
+        total = sums.flatten(0, 2).sum(0)  # in the order of the lanes
+        return total[:-1] / total[-1]
 
     # ---- logging and guards ---------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ SCALES = (0.25, 8.0)
 
 
 def resolved_config(saes: Sequence[dict[str, Any]], hookpoints: Sequence[str], **keys: Any) -> dict[str, Any]:
-    tree = {"hookpoints": list(hookpoints), "saes": list(saes), "train": {"dead_feature_window_tokens": 500}, **keys}
+    train = {"lr": 4e-4, "dead_feature_window_tokens": 500}
+    tree = {"hookpoints": list(hookpoints), "saes": list(saes), "recipe": "saelens", "train": train, **keys}
     return config.to_dict(config.from_dict(tree))
 
 

@@ -71,6 +71,8 @@ def tiny_config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
             # A short window: most latents die, so AuxK selects among more dead latents than its k.
             {"name": "wide", "d_sae": 512, "k": 4, "dtype": "float64", "dead_feature_window_tokens": 1000},
         ],
+        # Plain settings: what the recipes give is tested in test_recipes.
+        "recipe": "saelens",
         "train": {"training_tokens": 60 * 128, "train_batch_size_tokens": 128, "lr": 1e-3},
         "buffer": {"tokens": 512, "lanes": 8},
         "checkpoint": {"every_steps": 20},

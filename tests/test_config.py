@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from scale_sae import config, train
+from scale_sae import config, recipes, train
 from scale_sae.config import RunConfig
 from scale_sae.errors import UserError
 
@@ -49,12 +49,17 @@ def test_quickstart_is_the_contract() -> None:
     defaults = RunConfig(run.hookpoints, run.saes, topology=run.topology)
     changed = [line.partition(":")[0] for line in config.differences(config.to_dict(run), config.to_dict(defaults))]
     evaluated = ["evaluation.every_steps", "evaluation.tokens"]
-    assert sorted(changed) == [*evaluated, "train.lr", "train.lr_decay_steps", "train.training_tokens"]
+    assert sorted(changed) == [*evaluated, "train.training_tokens"]
+    # What its comment says that the recipe fills in is what it does.
+    comment = QUICKSTART.read_text().partition("recipe: default")[0]
+    for name in (entry.train.keys() | entry.options.keys()) - {"d_sae", "k"}:
+        assert re.search(rf"\b{name}\b", comment), name
 
 
 def test_minimal_config_gets_every_default(tmp_path: Path) -> None:
     run = with_changes(tmp_path, {})
-    assert run == RunConfig(("model.layers.1",), (config.SAEEntry(options={"d_sae": 2048, "k": 32}),))
+    left_out = RunConfig(("model.layers.1",), (config.SAEEntry(options={"d_sae": 2048, "k": 32}),))
+    assert run == recipes.fill(left_out, ())  # what these give: test_recipes
     assert (run.seed, run.resume, run.train.lr, run.data.seqpos_slice) == (0, "auto", 4e-4, (None,))
 
 
@@ -222,6 +227,7 @@ def test_latents_are_divided_over_dp_and_tp(tmp_path: Path) -> None:
 
 def test_restart_cycles_must_fit_between_warm_up_and_decay(tmp_path: Path) -> None:
     run = {"train.lr_scheduler_name": "cosineannealingwarmrestarts", "train.lr_decay_steps": 970}
+    run["train.lr_warm_up_steps"] = 0
     assert with_changes(tmp_path, {**run, "train.n_restart_cycles": 6}).train.n_restart_cycles == 6
     message = error_of(tmp_path, yaml.safe_dump(MINIMAL), {**run, "train.n_restart_cycles": 7})
     assert "train.n_restart_cycles: 7 is more than the 6 steps" in message
@@ -262,7 +268,8 @@ def leaves(value: Any, key: str = "") -> list[str]:
 def test_overrides_reach_every_leaf_and_subtree_of_a_resolved_config(tmp_path: Path) -> None:
     """Each is set to a value that no type accepts; the error must name exactly that key, not a parent of it."""
     resolved = config.to_dict(with_changes(tmp_path, {"saes.0.lr": 0.1, "saes.0.hookpoints": "[model.norm]"}))
-    keys = leaves(resolved)
+    # Options are for the class of the SAE to check, when the model is known.
+    keys = [key for key in leaves(resolved) if key.removeprefix("saes.0.") not in recipes.OPTIONS]
     parents = {key[:at] for key in keys for at, letter in enumerate(key) if letter == "."}
     assert len(keys) > 50
     assert {"train", "saes", "saes.0", "topology.lm", "hookpoints"} <= parents
@@ -284,10 +291,8 @@ def test_overrides_of_subtrees_replace_them_and_keep_order(tmp_path: Path) -> No
             "topology.lm": "colocated",
         },
     )
-    assert [(entry.name, entry.options) for entry in run.saes] == [
-        ("c", {"d_sae": 128}),
-        ("b", {"d_sae": 64, "k": 16}),
-    ]
+    found = [(entry.name, entry.options["d_sae"], entry.options.get("k")) for entry in run.saes]
+    assert found == [("c", 128, None), ("b", 64, 16)]
     assert run.hookpoints == ("model.layers.2",)
     assert run.topology.lm == config.LMTopology(tp=1, dp=4, colocated=True)
     back = from_text(tmp_path, yaml.safe_dump(config.to_dict(run)), {"topology.lm": {"tp": 2}})
@@ -342,10 +347,10 @@ def test_an_sae_has_its_own_training_keys_and_hookpoints(tmp_path: Path) -> None
         {"saes": "[{name: a, d_sae: 64, k: 4}, {name: b, d_sae: 64, lr: 1e-3, aux: 5e-2, hookpoints: [model.*:in]}]"},
     )
     a, b = run.saes
-    assert (a.train, b.train, b.options) == ({}, {"lr": 1e-3}, {"d_sae": 64, "aux": 5e-2})
-    assert run.train_of(a) == run.train
-    assert run.train_of(b) == dataclasses.replace(run.train, lr=1e-3)
-    assert with_changes(tmp_path, {"saes.0.moments_dtype": "bfloat16"}).saes[0].train == {"moments_dtype": "bfloat16"}
+    assert (b.train["lr"], b.options["aux"]) == (1e-3, 5e-2)
+    assert run.train_of(a) == dataclasses.replace(run.train, **a.train)
+    assert run.train_of(b) == dataclasses.replace(run.train_of(a), lr=1e-3)
+    assert with_changes(tmp_path, {"saes.0.moments_dtype": "bfloat16"}).saes[0].train["moments_dtype"] == "bfloat16"
     assert (run.hookpoints_of(a), run.hookpoints_of(b)) == (("model.layers.1",), ("model.*:in",))
 
 
@@ -409,9 +414,11 @@ def test_resolved_config_loads_back_equal(tmp_path: Path) -> None:
     assert from_text(tmp_path, yaml.safe_dump(tree)) == run
     assert config.from_dict(json.loads(json.dumps(tree))) == run
     assert tree["topology"]["lm"] == "colocated"
-    assert tree["saes"][0] == {
+    filled = recipes.TRAIN_KEYS | recipes.OPTIONS
+    assert {name: value for name, value in tree["saes"][0].items() if name == "lr" or name not in filled} == {
         "name": "a",
         "architecture": "topk",
+        "recipe": None,
         "hookpoints": None,
         "hookpoint_out": None,
         "init_from": None,
@@ -446,7 +453,7 @@ def test_identity_and_differences(tmp_path: Path) -> None:
     other = from_text(tmp_path, yaml.safe_dump(tree), {"train.lr": 1e-3, "saes.0.k": 8, "saes.1.lr": 0.5})
     assert config.differences(config.identity(run), config.identity(other)) == [
         "saes.0.k: 4 != 8",
-        "saes.1.lr: absent != 0.5",
+        f"saes.1.lr: {run.saes[1].train['lr']} != 0.5",
         "train.lr: 0.0004 != 0.001",
     ]
 
@@ -456,7 +463,7 @@ def test_help_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for words in (
         "--config C.yaml",
-        "--train.lr=0.0004",
+        "--train.lr=0.002   by the recipe",
         "--buffer.lanes=64",
         "--checkpoint.keep=2",
         "--topology.sae.tp=1",

@@ -14,7 +14,7 @@ import yaml
 
 import real_models
 import runs
-from scale_sae import plan
+from scale_sae import plan, recipes
 from scale_sae.activations.architecture import build_architecture
 from scale_sae.cli import COMMANDS
 from scale_sae.config import RunConfig, load
@@ -128,14 +128,17 @@ def test_the_products_in_the_comment_are_right_and_the_first_is_of_this_config(n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_learning_rate_is_the_formula_that_the_comment_names(name: str, folder: Path) -> None:
-    w = workload_of(name, folder)
+def test_the_learning_rate_is_the_recipe_s(name: str, folder: Path) -> None:
+    assert "All else is the recipe's" in comment_of(name) or "all else is the recipe's" in comment_of(name)
+    tree, w = yaml.safe_load(path_of(name).read_text()), workload_of(name, folder)
     for spec in w.specs:
-        if "2e-4 / sqrt(latents / 2^14)" in comment_of(name):
-            # Three digits are written out.
-            assert spec.train.lr == pytest.approx(2e-4 / math.sqrt(spec.cfg.d_sae / 2**14), rel=5e-3)
-        # A schedule that ends with the run: at most a step of it is missing.
-        assert spec.train.lr_warm_up_steps + spec.train.lr_decay_steps <= w.schedule.steps
+        tokens, batch = tree["train"]["training_tokens"], tree["train"]["train_batch_size_tokens"]
+        run = recipes.Run(spec.cfg.d_sae, spec.cfg.k, tokens, batch)
+        # All of them are of the TopK family.
+        filled = {key: value for key, value in recipes._top_k(run).items() if key in recipes.TRAIN_KEYS}
+        given = tree["train"].keys() & filled.keys()
+        assert given <= {"dead_feature_window_tokens"}
+        assert {key: getattr(spec.train, key) for key in filled} == {**filled, **{k: tree["train"][k] for k in given}}
 
 
 @pytest.mark.parametrize("name", slow_but("gpt2", "pythia-160m", "llama-3.1-8b"))
@@ -186,8 +189,9 @@ def test_the_guide_names_what_is_there() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_short_first_run_as_in_the_guide(name: str) -> None:
     guide = (runs.ROOT / "docs/planning.md").read_text()
-    short = {"train.training_tokens": "100_000_000", "train.lr_decay_steps": "0"}
-    assert " ".join(f"--{key}={value}" for key, value in short.items()) in guide
-    train = load(path_of(name), short).train
-    # Long enough to see the learning rate arrive.
-    assert train.training_tokens // train.train_batch_size_tokens > train.lr_warm_up_steps
+    assert "--train.training_tokens=100_000_000" in guide
+    run = load(path_of(name), {"train.training_tokens": "100_000_000"})
+    train = run.train_of(run.saes[0])
+    steps = train.training_tokens // train.train_batch_size_tokens
+    # The schedule is that of the short run: the learning rate arrives, stays and decays.
+    assert 0 < train.lr_warm_up_steps < steps - train.lr_decay_steps < steps

@@ -253,7 +253,12 @@ def test_cfg_and_metadata(tmp_path: Path) -> None:
     assert (about["model_name"], about["model_class_name"]) == ("embedded", "AutoModelForCausalLM")
     assert (about["context_size"], about["prepend_bos"], about["dataset_path"]) == (64, True, "embedded")
     assert (about["exclude_special_tokens"], about["seqpos_slice"]) == ([0, 2], [1, None])
-    assert about["training_architecture_details"] == {"aux_loss_coefficient": 1.0, "decoder_init_norm": 0.1}
+    assert about["training_architecture_details"] == {
+        "aux_loss_coefficient": 1.0,
+        "b_dec_init": "zeros",
+        "decoder_init_norm": 0.1,
+        "k_aux": None,
+    }
     assert (about["training_steps"], about["training_tokens"]) == (40, 40 * 2048)
     assert about["l0"] == sum(i % 7 for i in range(96)) / 100
     assert about["num_dead_features"] == 96 - 51  # latent i last fired 10 i tokens ago; dead above 500

@@ -32,6 +32,7 @@ def config_of(
     return config.from_dict(
         {
             "output_dir": str(folder / "run"),
+            "recipe": "saelens",
             "model": {"dtype": dtype},
             "hookpoints": ["model.layers.0"],
             "saes": [{"name": f"sae{i}", "dtype": dtype, **entry} for i, entry in enumerate(saes)],

@@ -95,6 +95,7 @@ def test_it_is_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """
     run = {
         "output_dir": "by_command",
+        "recipe": "saelens",
         "seed": 42,
         "model": {"name": "embedded", "dtype": "float64"},
         "data": {"dataset": str(tmp_path / "texts.jsonl"), "context_size": 32, "chunk_contexts": 4}

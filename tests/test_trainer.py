@@ -51,6 +51,7 @@ class Rows:
 def config_of(folder: Path, saes: list[dict[str, Any]], n_rows: int, tp: int = 1, buffer: int = 64) -> config.RunConfig:
     tree = {
         "output_dir": str(folder / f"tp{tp}"),
+        "recipe": "saelens",
         "model": {"dtype": "float64"},
         "hookpoints": [IN],
         "saes": [{"d_sae": 64, "dtype": "float64", **sae} for sae in saes],

@@ -133,7 +133,7 @@ class Plain:
         """The loss of the dead among latents ``start..stop``, of what the first ``stop`` latents leave over."""
         dead = self.dead.clone()
         dead[:start], dead[stop:] = False, False
-        most = self.case.d_out // 2
+        most = self.cfg.k_aux or self.case.d_out // 2
         residual = (self.target - self.out(values, stop)).detach()
         ranking = (pre.abs() if self.case.kind == "abstopk" else pre).masked_fill(~dead, -torch.inf)
         chosen = torch.zeros_like(pre).scatter(1, ranking.topk(min(most, int(dead.sum()))).indices, 1)

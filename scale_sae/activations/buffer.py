@@ -12,6 +12,8 @@ from torch import Tensor
 from scale_sae.activations.schedule import Schedule
 from scale_sae.seeds import generator
 
+_BLOCK = 1024  # rows that are made float64 at once
+
 
 def rows_of_lanes(start: int, count: int, lanes: range, total_lanes: int) -> Tensor:
     """Which of rows ``start`` to ``start + count`` are in ``lanes``: offsets from ``start``, ascending, int64 [n]."""
@@ -60,6 +62,20 @@ class LaneBuffer:
         norms = torch.stack([torch.linalg.vector_norm(lane, dim=1, dtype=torch.float64) for lane in rows])
         filled = torch.arange(rows.shape[1]) < self.counts()[:, None]
         return norms.masked_fill(~filled.to(norms.device), torch.nan)
+
+    def sums(self, hookpoint: str, usable: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over each lane's rows of what ``change`` makes of them: float64 ``[n, width]`` to the like.
+
+        ``usable``: bool ``[len(lanes), slots]``, those that count. The result is float64 ``[len(lanes), width]``; a
+        lane's sum depends on its rows alone, bit for bit.
+        """
+        rows = self.state()[hookpoint]
+        totals = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
+        for total, lane, counts in zip(totals, rows, usable, strict=True):
+            # In blocks: a whole lane in float64 may take a GiB.
+            for some, mask in zip(lane.split(_BLOCK), counts.split(_BLOCK), strict=True):
+                total += change(some[mask].double()).sum(0)
+        return totals
 
     def insert(self, chunk: Mapping[str, Tensor], count: int) -> None:
         """Appends this rank's part of the next ``count`` rows of the stream.

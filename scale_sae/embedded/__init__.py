@@ -6,6 +6,7 @@ The model (a byte-level Llama in ``model/``) was trained by ``python -m scale_sa
 
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "embedded"
 MODEL_FOLDER = Path(__file__).parent / "model"
+PIECE = 2048
 
 
 def standard_library_files() -> list[Path]:
@@ -21,23 +23,43 @@ def standard_library_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     third_party = {"site-packages", "dist-packages", "__pycache__"}
     files = (path for path in root.rglob("*.py") if not third_party.intersection(path.relative_to(root).parts))
-    # Sorted by the hash of the relative path: neighbouring files of one package do not land in the same chunk.
-    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest())
+    return sorted(files, key=lambda path: _order(path.relative_to(root).as_posix()))
 
 
 def load_text() -> "Dataset":
-    """The standard library as a ``datasets.Dataset`` with one row ``{"text": str, "path": str}`` per file."""
+    """The standard library as a ``datasets.Dataset`` with one row ``{"text": str, "path": str}`` per piece of a file.
+
+    In pieces, since some files are a thousand times as long as others: a buffer would hold rows of a single one, and
+    the held-out text would be a handful of them.
+    """
     from datasets import Dataset
 
     root = Path(sysconfig.get_path("stdlib"))
-    texts, paths = [], []
+    found = []
     for path in standard_library_files():
         # Some test files are written in other encodings on purpose; they are left out.
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if text:
-            texts.append(text)
-            paths.append(path.relative_to(root).as_posix())
-    return Dataset.from_dict({"text": texts, "path": paths})
+        name = path.relative_to(root).as_posix()
+        found += [(_order(f"{name} {number}"), text, name) for number, text in enumerate(_pieces(text))]
+    found.sort()
+    return Dataset.from_dict({"text": [text for _, text, _ in found], "path": [path for _, _, path in found]})
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Whole lines of ``text``, about ``PIECE`` characters of them at a time."""
+    piece = ""
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= PIECE:
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
+
+
+def _order(name: str) -> str:
+    """What to sort by so that neighbours of a package or a file do not land in the same chunk, in every run alike."""
+    return hashlib.sha256(name.encode()).hexdigest()

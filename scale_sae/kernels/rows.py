@@ -84,6 +84,7 @@ class AdamStep:
         step: float32, the number of this update, from 1.
         clip: the factor of every gradient.
         skip: bool, whether weights and moments stay as they are.
+        eps: what is added to the root of the second moment.
         seed: 32 bits that the stochastic rounding of bfloat16 moments depends on, and nothing else.
         first: the global number of row 0: random bits depend on the seed, the global row and the column.
     """

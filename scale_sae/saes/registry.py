@@ -31,7 +31,12 @@ def register_sae_training_class(
 
 def training_class(architecture: str) -> type[TrainingSAE]:
     """The class of an architecture: a registered name, or ``package.module:Class``. UserError for an unknown one."""
-    return _lookup(architecture, "architecture")[0]
+    return lookup(architecture, "architecture")[0]
+
+
+def config_class_of(sae_class: type[TrainingSAE]) -> type[TrainingSAEConfig]:
+    """The config class that a class was registered with."""
+    return next(config for sae, config in _CLASSES.values() if sae is sae_class)
 
 
 def is_custom(architecture: str) -> bool:
@@ -57,7 +62,7 @@ def training_config(
     Raises:
         UserError: unknown architecture; an option that is unknown, missing, of a wrong type or out of range.
     """
-    config_class = _lookup(architecture, f"{key}.architecture")[1]
+    config_class = lookup(architecture, f"{key}.architecture")[1]
     hints = get_type_hints(config_class)
     known = {field.name: field for field in fields(config_class)}
     values: dict[str, Any] = {**options, "d_in": d_in}
@@ -88,18 +93,8 @@ def training_config(
     return cfg
 
 
-def create(architecture: str, cfg: Any, shard: Shard, device: torch.device | str = "cpu") -> TrainingSAE:
-    """This shard's part of an SAE, its weights 0. UserError where d_sae cannot be split evenly."""
-    return training_class(architecture)(cfg, shard, device)
-
-
-def _owners(option: str) -> str:
-    """Which architectures have an option that another lacks, for its error message."""
-    owners = [name for name, (_, config_class) in _CLASSES.items() if option in {f.name for f in fields(config_class)}]
-    return f" (but of {', '.join(sorted(owners))})" if owners else ""
-
-
-def _lookup(architecture: str, key: str) -> Registered:
+def lookup(architecture: str, key: str) -> Registered:
+    """The classes of an architecture, of one's own too. UserError, naming ``key``, for an unknown one."""
     if ":" in architecture and architecture not in _CLASSES:
         _CLASSES[architecture] = _load(architecture, key)
     if architecture not in _CLASSES:
@@ -109,6 +104,17 @@ def _lookup(architecture: str, key: str) -> Registered:
             "or package.module:Class for one of your own"
         )
     return _CLASSES[architecture]
+
+
+def create(architecture: str, cfg: Any, shard: Shard, device: torch.device | str = "cpu") -> TrainingSAE:
+    """This shard's part of an SAE, its weights 0. UserError where d_sae cannot be split evenly."""
+    return training_class(architecture)(cfg, shard, device)
+
+
+def _owners(option: str) -> str:
+    """Which architectures have an option that another lacks, for its error message."""
+    owners = [name for name, (_, config_class) in _CLASSES.items() if option in {f.name for f in fields(config_class)}]
+    return f" (but of {', '.join(sorted(owners))})" if owners else ""
 
 
 def _load(path: str, key: str) -> Registered:

@@ -25,10 +25,11 @@ from scale_sae.selection import Selection, TopK
 
 @dataclass(kw_only=True)
 class TopKTrainingSAEConfig(TrainingSAEConfig):
-    """Options of a TopK SAE; names and defaults are SAELens's."""
+    """Options of a TopK SAE; names and defaults are SAELens's, but for ``k_aux``, which it has not."""
 
     k: int = 100  # active latents per row
     aux_loss_coefficient: float = 1.0  # of the loss that revives dead latents; 0 turns it off
+    k_aux: int | None = None  # most dead latents that a row's residual is given to; null: half of the target's width
     rescale_acts_by_decoder_norm: bool = True  # select as if every decoder row had norm 1
 
     @classmethod
@@ -41,6 +42,8 @@ class TopKTrainingSAEConfig(TrainingSAEConfig):
             found["k"] = f"must be from 1 to d_sae ({self.d_sae})"
         if not self.aux_loss_coefficient >= 0:
             found["aux_loss_coefficient"] = "must be 0 or more"
+        if self.k_aux is not None and self.k_aux <= 0:
+            found["k_aux"] = "must be at least 1, or null for half of the target's width"
         return found
 
 
@@ -111,8 +114,8 @@ class TopKTrainingSAE(TrainingSAE):
 
     @property
     def k_aux(self) -> int:
-        """The most dead latents that a row's residual is given to (Gao et al. 2024, appendix B.1)."""
-        return max(1, self.d_out // 2)
+        """The most dead latents that a row's residual is given to; null: as Gao et al. 2024, appendix B.1."""
+        return max(1, self.d_out // 2) if self.cfg.k_aux is None else int(self.cfg.k_aux)
 
     # ---- the step on codes ------------------------------------------------------------------------------------------
 

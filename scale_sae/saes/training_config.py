@@ -24,7 +24,7 @@ class TrainCoefficientConfig(NamedTuple):
 
 @dataclass(kw_only=True)
 class TrainingSAEConfig(ABC):
-    """Options of every architecture; names and defaults are SAELens's."""
+    """Options of every architecture; names and defaults are SAELens's, but for ``b_dec_init``, which it has not."""
 
     d_in: int  # width of the activations
     d_sae: int  # latents, over all shards
@@ -33,6 +33,7 @@ class TrainingSAEConfig(ABC):
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "constant_norm_rescale"] = "none"
     reshape_activations: Literal["none"] = "none"
     decoder_init_norm: float | None = 0.1  # norm of each decoder row at the start; null: as drawn
+    b_dec_init: Literal["zeros", "mean"] = "zeros"  # b_dec at the start; mean: that of the first targets
 
     @classmethod
     @abstractmethod

@@ -1,0 +1,181 @@
+"""Recipes: the values of training keys and options that a config leaves out, by architecture and size of the run.
+
+`default` is measured (``benchmarks/results/quality.md``), `saelens` has SAELens's values. They fill in configs alone:
+the classes of the library, and the dataclass fields of `config_schema`, keep SAELens's defaults.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from scale_sae.config_schema import RunConfig, SAEEntry, TrainConfig
+from scale_sae.saes import (
+    GatedTrainingSAE,
+    JumpReLUTrainingSAE,
+    StandardTrainingSAE,
+    TopKTrainingSAE,
+    TrainingSAE,
+    TrainingSAEConfig,
+    registry,
+)
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the values of a recipe depend on.
+
+    Attributes:
+        d_sae: latents of the SAE.
+        k: its active latents per row; None for architectures without k.
+        tokens: rows of the whole run.
+        batch: rows of a step.
+    """
+
+    d_sae: int
+    k: float | None
+    tokens: int
+    batch: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.batch
+
+
+def _schedule_and_adam(run: Run) -> Values:
+    """What all architectures share."""
+    return {
+        # A twentieth of the run.
+        "lr_warm_up_steps": run.steps // 20,
+        # To zero over the last fifth, as in dictionary_learning.
+        "lr_decay_steps": run.steps // 5,
+        # torch's, and SAELens's.
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_eps": 1e-8,
+    }
+
+
+def _top_k(run: Run) -> Values:
+    """TopK, AbsTopK, BatchTopK, Matryoshka."""
+    assert run.k is not None
+    return {
+        **_schedule_and_adam(run),
+        # Falls with √d_sae, as Gao et al. 2024 (arXiv 2406.04093) find, and as sparsify scales it.
+        "lr": 2e-3 * math.sqrt(2048 / run.d_sae),
+        # Leaves a third of the latents silent that norm 0.1 (SAELens's) does.
+        "decoder_init_norm": 1.0,
+        "b_dec_init": "mean",
+        "normalize_activations": "expected_average_only_in",
+        "aux_loss_coefficient": 1.0,
+        "k_aux": None,
+        # In which a latent that fires as often as the others do does so 150 times; at least 10 steps.
+        "dead_feature_window_tokens": max(math.ceil(150 * run.d_sae / run.k), 10 * run.batch),
+    }
+
+
+def _penalised(run: Run) -> Values:
+    """Standard, gated, JumpReLU: their sparsity comes from a loss, of which latents die at a high rate."""
+    return {
+        **_schedule_and_adam(run),
+        "lr": 4e-4,
+        # SAELens's.
+        "decoder_init_norm": 0.1,
+        "b_dec_init": "mean",
+        "normalize_activations": "expected_average_only_in",
+        "dead_feature_window_tokens": 1000 * run.batch,
+    }
+
+
+def _unknown(run: Run) -> Values:
+    """A class of one's own that derives from none of the others: nothing is known of its options."""
+    return {**_schedule_and_adam(run), "lr": 4e-4, "dead_feature_window_tokens": 1000 * run.batch}
+
+
+# The nearest of these among a class's bases decides: a transcoder has the values of its kind, and so has a class of
+# one's own that derives from one of them.
+_DEFAULT: dict[type[TrainingSAE], Callable[[Run], Values]] = {
+    TopKTrainingSAE: _top_k,
+    StandardTrainingSAE: _penalised,
+    GatedTrainingSAE: _penalised,
+    JumpReLUTrainingSAE: _penalised,
+}
+
+
+def _saelens(run: Run) -> Values:
+    """SAELens 6.54's `LanguageModelSAERunnerConfig`; of the options, the config classes have its defaults."""
+    return {
+        "lr": 3e-4,
+        "lr_end": None,
+        "lr_scheduler_name": "constant",
+        "n_restart_cycles": 1,
+        "lr_warm_up_steps": 0,
+        "lr_decay_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_eps": 1e-8,  # torch's
+        "max_grad_norm": 1.0,
+        "dead_feature_window_tokens": 1000 * run.batch,  # there in steps
+        "feature_sampling_window": 2000,
+    }
+
+
+_EXAMPLE = Run(d_sae=2048, k=32, tokens=2_000_000, batch=2048)
+# The keys of `train`, and the options, that some recipe gives.
+_KEYS = frozenset(key for values in (*_DEFAULT.values(), _unknown, _saelens) for key in values(_EXAMPLE))
+TRAIN_KEYS = _KEYS & {field.name for field in fields(TrainConfig)}
+OPTIONS = _KEYS - TRAIN_KEYS
+
+
+def fill(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """``config`` with what its recipes give put into the entries of ``saes``, where nothing else gives it.
+
+    Args:
+        config: with positive tokens, batch and widths.
+        given: the keys that the `train` section of the file holds; what it says of them goes for all entries.
+
+    Raises:
+        UserError: an architecture that is unknown or whose class cannot be imported.
+    """
+    entries = [_fill_entry(config, entry, f"saes.{index}", given) for index, entry in enumerate(config.saes)]
+    return replace(config, saes=tuple(entries))
+
+
+def _fill_entry(config: RunConfig, entry: SAEEntry, key: str, given: Collection[str]) -> SAEEntry:
+    sae_class, config_class = registry.lookup(entry.architecture, f"{key}.architecture")
+    defaults = _defaults(config_class)
+    k = entry.options.get("k", defaults.get("k"))
+    run = Run(entry.d_sae, k, config.train.training_tokens, config.train.train_batch_size_tokens)
+    if (entry.recipe or config.recipe) == "saelens":
+        values = _saelens(run) | {name: defaults[name] for name in OPTIONS & defaults.keys()}
+    else:
+        base = next((base for base in sae_class.__mro__ if base in _DEFAULT), None)
+        values = _DEFAULT[base](run) if base else _unknown(run)
+        # A class of one's own that has another default than the class it derives from has chosen it.
+        theirs = _defaults(registry.config_class_of(base)) if base else {}
+        own = {name for name in OPTIONS & values.keys() if name not in defaults or defaults[name] != theirs[name]}
+        values = {name: value for name, value in values.items() if name not in own}
+    train = {name: values[name] for name in TRAIN_KEYS & values.keys() - entry.train.keys() - set(given)}
+    _shorten(train, replace(config.train, **entry.train), run.steps)
+    options = {name: values[name] for name in OPTIONS & values.keys() - entry.options.keys()}
+    return replace(entry, train=entry.train | _sorted(train), options=entry.options | _sorted(options))
+
+
+def _defaults(config_class: type[TrainingSAEConfig]) -> Values:
+    """The options that may be left out, with what they then are."""
+    return {field.name: field.default for field in fields(config_class)}
+
+
+def _sorted(values: Values) -> Values:
+    return dict(sorted(values.items()))
+
+
+def _shorten(filled: Values, chosen: TrainConfig, steps: int) -> None:
+    """Lets warm-up and decay that are filled in fit beside one that was chosen, in place."""
+    if "lr_warm_up_steps" in filled and "lr_decay_steps" not in filled:
+        filled["lr_warm_up_steps"] = max(0, min(filled["lr_warm_up_steps"], steps - chosen.lr_decay_steps))
+    if "lr_decay_steps" in filled and "lr_warm_up_steps" not in filled:
+        filled["lr_decay_steps"] = max(0, min(filled["lr_decay_steps"], steps - chosen.lr_warm_up_steps))
