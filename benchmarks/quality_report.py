@@ -1,0 +1,284 @@
+"""Tables and plots of what ``benchmarks/quality.py train`` has measured.
+
+What stands in the report above `MARK` is left as it is: it is written by hand.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quality_subjects import Run
+
+MARK = "<!-- What follows is written by `benchmarks/quality.py report`. -->"
+FIGURES = {"L0": ("l0", "{:.2f}"), "silent": ("silent", "{:.3f}"), "dense": ("dense", "{:.3f}")}
+FIGURES |= {"CE score": ("ce_score", "{:.4f}"), "seconds": ("seconds", "{:.0f}")}
+FEWEST_SIZES = 3  # of dictionaries, for a power law
+COLOURS = {"ours": "C3", "sae_lens": "C0", "sparsify": "C1", "dictionary_learning": "C2"}
+
+
+class Setting(NamedTuple):
+    """What is equal for all that a table compares."""
+
+    model: str
+    hookpoint: str
+    tokens: int
+    batch: int
+    d_sae: int
+    k: int
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave."""
+
+    run: Run
+    lr: float
+    figures: dict[str, float]
+    where: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one subject with one learning rate, by seed; `kind` is default, tuned or both."""
+
+    subject: str
+    label: str
+    kind: str
+    lr: float
+    results: Sequence[Result]
+
+    def values(self, name: str) -> list[float]:
+        return [result.figures[name] for result in self.results]
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(self.values(name))
+
+    def spread(self, name: str) -> float:
+        """The standard deviation of a sample, NaN where there is one seed."""
+        values = self.values(name)
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def read(folder: Path, runs: Sequence[Run]) -> list[Result]:
+    """What there is of ``runs``."""
+    found = []
+    for run in runs:
+        path = folder / run.id / "result.json"
+        if path.exists():
+            tree = json.loads(path.read_text())
+            found.append(Result(run, tree["lr"], {**tree["figures"], "seconds": tree["seconds"]}, tree["where"]))
+    return found
+
+
+def grouped(results: Iterable[Result], key: Callable[[Run], Any]) -> dict[Any, list[Result]]:
+    groups = defaultdict(list)
+    for result in results:
+        groups[key(result.run)].append(result)
+    return dict(groups)
+
+
+def setting_of(run: Run) -> Setting:
+    return Setting(*(getattr(run, name) for name in Setting._fields))
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """The rows of a setting's table: of each subject its default and the learning rate of the lowest FVU at seed 0."""
+    rows = []
+    for (subject, label), own in grouped(results, lambda run: (run.subject, run.label)).items():
+        rates = grouped(own, lambda run: run.lr)
+        tried = [result for result in own if result.run.seed == 0 and math.isfinite(result.figures["fvu"])]
+        best = min(tried, key=lambda result: result.figures["fvu"]).run.lr if len(tried) > 1 else None
+        for rate in dict.fromkeys((None, best)):
+            if rate in rates:
+                kinds = (["default"] if rate is None else []) + (["tuned"] if len(tried) > 1 and rate == best else [])
+                rows.append(Row(subject, label, " and ".join(kinds), rates[rate][0].lr, rates[rate]))
+    return sorted(rows, key=lambda row: row.mean("fvu"))
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    yield f"| subject | learning rate | seeds | FVU | {' | '.join(FIGURES)} |"
+    yield "|---" * (4 + len(FIGURES)) + "|"
+    for row in rows:
+        name = f"{row.subject} ({row.label})" if row.label else row.subject
+        name = f"**{name}**" if row.subject == "ours" else name
+        spread = "" if math.isnan(row.spread("fvu")) else f" ± {row.spread('fvu'):.4f}"
+        cells = [name, f"{row.lr:.2g}, {row.kind}", str(len(row.results)), f"{row.mean('fvu'):.4f}{spread}"]
+        cells += [form.format(row.mean(key)) for key, form in FIGURES.values()]
+        yield f"| {' | '.join(cells)} |"
+
+
+def tried(results: Sequence[Result]) -> str:
+    """FVU by learning rate at seed 0, of all subjects that had several."""
+    parts = []
+    first = [result for result in results if result.run.seed == 0 and not result.run.label]
+    for subject, own in grouped(first, lambda run: run.subject).items():
+        if len(own) > 1:
+            found = sorted((result.lr, result.figures["fvu"]) for result in own)
+            parts.append(f"{subject} " + ", ".join(f"{lr:.2g}: {fvu:.4f}" for lr, fvu in found))
+    return f"FVU by learning rate at seed 0: {'; '.join(parts)}." if parts else ""
+
+
+def comparison(setting: Setting, rows: Sequence[Row]) -> str:
+    """Ours with its defaults against the peer with the lowest FVU, tuned."""
+    ours = next((row for row in rows if row.subject == "ours" and not row.label and "default" in row.kind), None)
+    peer = next((row for row in rows if row.subject != "ours" and "tuned" in row.kind), None)
+    if ours is None or peer is None:
+        return ""
+    fvu, silent, l0 = (ratio(ours.mean(name), peer.mean(name)) for name in ("fvu", "silent", "l0"))
+    holds = fvu <= 1 and silent <= 0.5
+    return (
+        f"Ours / {peer.subject}, the best peer: FVU {fvu:.3f} (at most 1), silent {silent:.2f} (at most 0.5), "
+        f"L0 {l0:.3f}: **{'holds' if holds else 'does not hold'}**. L0 of ours / k: {ours.mean('l0') / setting.k:.3f}."
+    )
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b; of nothing and nothing 0."""
+    return a / b if b else (math.inf if a else 0.0)
+
+
+def origin(results: Sequence[Result]) -> str:
+    """When, with what and of which commit."""
+    places = [result.where for result in results]
+    dates = sorted({place["date"] for place in places})
+    commits = {result.where["commit"] or "unknown" for result in results if result.run.subject == "ours"}
+    versions = {f"{name} {version}" for place in places for name, version in place["versions"].items()}
+    machines = {f"{place['processors']} CPU cores, Python {place['python']}" for place in places}
+    gpus = {place["gpu"] for place in places if place["gpu"]}
+    parts = [" to ".join(dict.fromkeys((dates[0], dates[-1])))]
+    parts += [f"commit of ours {', '.join(sorted(commits))}"] if commits else []
+    return "; ".join([*parts, *sorted(machines), *sorted(gpus), ", ".join(sorted(versions))]) + "."
+
+
+# ---- dictionaries of several sizes -----------------------------------------------------------------------------------
+
+
+class PowerLaw(NamedTuple):
+    """FVU = factor · d_sae ** exponent, the least squares of logarithms; ``points`` are d_sae and FVU."""
+
+    exponent: float
+    factor: float
+    r2: float
+    points: list[tuple[int, float]]
+
+
+def power_law(points: list[tuple[int, float]]) -> PowerLaw:
+    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
+    slope, intercept = statistics.linear_regression(x, y)
+    return PowerLaw(slope, math.exp(intercept), statistics.correlation(x, y) ** 2, points)
+
+
+def power_laws(results: Sequence[Result]) -> dict[Setting, PowerLaw]:
+    """Of ours with its defaults, wherever there are dictionaries of several sizes; ``d_sae`` of the keys is 0."""
+    own = [result for result in results if result.run.subject == "ours" and not result.run.label and not result.run.lr]
+    found = {}
+    for setting, some in grouped(own, lambda run: setting_of(run)._replace(d_sae=0)).items():
+        sizes = grouped(some, lambda run: run.d_sae)
+        if len(sizes) >= FEWEST_SIZES:
+            fvu = {size: statistics.fmean(result.figures["fvu"] for result in same) for size, same in sizes.items()}
+            found[setting] = power_law(sorted(fvu.items()))
+    return found
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def panels(n: int) -> tuple[Any, list[Any]]:
+    """A figure and its ``n`` axes."""
+    from matplotlib.figure import Figure
+
+    columns = math.ceil(math.sqrt(n))
+    lines = math.ceil(n / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for unused in axes[n:]:
+        unused.remove()
+    return figure, axes[:n]
+
+
+def plot_l0(tables: dict[Setting, list[Row]], path: Path) -> bool:
+    """FVU against L0, tuned peers and ours with its defaults; False where no setting has several subjects."""
+    curves: dict[Setting, dict[str, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for setting, rows in tables.items():
+        if len({row.subject for row in rows}) > 1:
+            for row in rows:
+                if not row.label and ("default" if row.subject == "ours" else "tuned") in row.kind:
+                    spread = row.spread("fvu")
+                    point = row.mean("l0"), row.mean("fvu"), 0.0 if math.isnan(spread) else spread
+                    curves[setting._replace(k=0)][row.subject].append(point)
+    if not curves:
+        return False
+    figure, axes = panels(len(curves))
+    for ax, (setting, subjects) in zip(axes, curves.items(), strict=True):
+        for subject, points in subjects.items():
+            l0, fvu, spreads = zip(*sorted(points), strict=True)
+            ax.errorbar(l0, fvu, spreads, color=COLOURS[subject], marker="o", markersize=4, capsize=2, label=subject)
+        ax.set(title=f"{setting.architecture}, {setting.model} {setting.hookpoint}", xlabel="L0", ylabel="FVU")
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
+    """FVU against d_sae, with the power laws."""
+    figure, (ax,) = panels(1)
+    for number, (setting, law) in enumerate(laws.items()):
+        sizes, fvu = zip(*law.points, strict=True)
+        name = f"{setting.architecture}, k {setting.k}, {setting.model}: {law.exponent:.3f}"
+        ax.plot(sizes, fvu, "o", color=f"C{number}", markersize=4)
+        ax.plot(sizes, [law.factor * size**law.exponent for size in sizes], color=f"C{number}", label=name)
+    ax.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="FVU")
+    ticks = sorted({size for law in laws.values() for size, _ in law.points})
+    ax.set_xticks(ticks, [str(size) for size in ticks])
+    ax.set_xticks([], minor=True)
+    ax.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
+    """Writes ``out`` and its plots from what there is of ``runs`` in ``folder``."""
+    results = read(folder, runs)
+    if not results:
+        raise SystemExit(f"{folder} holds no results of the plan")
+    lines = [MARK, "", origin(results)]
+    if len(results) < len(runs):
+        lines.append(f"{len(runs) - len(results)} of the plan's {len(runs)} runs are not made yet.")
+    tables = {setting: rows_of(some) for setting, some in grouped(results, setting_of).items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot = out.with_suffix(".png")
+    if plot_l0(tables, plot):
+        lines += ["", f"![FVU against L0]({plot.name})"]
+    for setting, some in grouped(results, setting_of).items():
+        lines += [
+            "",
+            f"## {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, d_sae {setting.d_sae}",
+        ]
+        lines += ["", f"{setting.tokens} tokens in batches of {setting.batch}.", "", *table(tables[setting])]
+        for text in (comparison(setting, tables[setting]), tried(some)):
+            lines += ["", text] if text else []
+    laws = power_laws(results)
+    if laws:
+        plot = out.with_name(f"{out.stem}_scaling.png")
+        plot_scaling(laws, plot)
+        lines += ["", "## FVU against d_sae", "", f"![FVU against d_sae]({plot.name})", ""]
+        lines += [law_line(setting, law) for setting, law in laws.items()]
+    above = out.read_text().partition(MARK)[0] if out.exists() else "# Quality\n\n"
+    out.write_text(above + "\n".join(lines) + "\n")
+
+
+def law_line(setting: Setting, law: PowerLaw) -> str:
+    points = ", ".join(f"{size}: {fvu:.4f}" for size, fvu in law.points)
+    return (
+        f"- {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, {setting.tokens} tokens: "
+        f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f} ({points})"
+    )
