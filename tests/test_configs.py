@@ -133,7 +133,7 @@ def test_the_learning_rate_is_the_recipe_s(name: str, folder: Path) -> None:
     tree, w = yaml.safe_load(path_of(name).read_text()), workload_of(name, folder)
     for spec in w.specs:
         tokens, batch = tree["train"]["training_tokens"], tree["train"]["train_batch_size_tokens"]
-        run = recipes.Run(spec.cfg.d_sae, spec.cfg.k, tokens, batch)
+        run = recipes.Run(spec.cfg.d_sae, spec.cfg.to_dict()["k"], tokens, batch)
         # All of them are of the TopK family.
         filled = {key: value for key, value in recipes._top_k(run).items() if key in recipes.TRAIN_KEYS}
         given = tree["train"].keys() & filled.keys()

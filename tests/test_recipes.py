@@ -131,7 +131,7 @@ def test_what_is_given_wins_wherever_it_stands(tmp_path: Path) -> None:
     assert (a.lr_decay_steps, b.lr_decay_steps, c.lr_decay_steps) == (800, 800, 0)
     options = [entry.options for entry in run.saes]
     assert (options[0]["aux_loss_coefficient"], options[0]["normalize_activations"]) == (0, "none")
-    assert [found["aux_loss_coefficient"] for found in options] == [0, 0.03125, 1.0]
+    assert [found["aux_loss_coefficient"] for found in options] == [0, 1.0, 1.0]
     assert [found["decoder_init_norm"] for found in options] == [1.0, 1.0, 0.1]
     path = tmp_path / "run.yaml"
     path.write_text("hookpoints: [a]\nsaes: [{d_sae: 2048, k: 8}]\n")
@@ -210,7 +210,7 @@ def test_a_run_of_before_there_were_recipes_is_what_it_was(tmp_path: Path) -> No
     # To go on with it under another recipe is refused, by name.
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match=r"^output_dir: .*saes\.0\.aux_loss_coefficient: absent != 0\.03125"):
+    with pytest.raises(UserError, match=r"^output_dir: .*saes\.0\.aux_loss_coefficient: absent != 1\.0"):
         rundir.check(config.from_dict({**tree, "output_dir": str(tmp_path / "run")}))
 
 
@@ -269,11 +269,11 @@ class Bare(TrainingSAE):
 
 
 def test_a_class_of_ones_own_has_the_recipe_of_its_base() -> None:
-    theirs, mine = entry_of(), entry_of(architecture="test_recipes:Mine")
+    theirs, mine = entry_of(k=100), entry_of(architecture="test_recipes:Mine")  # whose k is 100, TopK's default
     assert mine.train == theirs.train
     # But for what it has chosen itself.
     assert "decoder_init_norm" not in mine.options
-    assert {**mine.options, "decoder_init_norm": 1.0, "k": 8} == theirs.options
+    assert {**mine.options, "decoder_init_norm": 1.0, "k": 100} == theirs.options
     found = entry_of(architecture="test_recipes:Mine", recipe="saelens").options
     assert (found["decoder_init_norm"], found["b_dec_init"]) == (0.3, "zeros")
 
