@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from scale_sae.activations.tokens import (
     open_chunks,
 )
 from scale_sae.config import DataConfig, ModelConfig
-from scale_sae.embedded import standard_library_files
+from scale_sae.embedded import load_text, standard_library_files
 from scale_sae.errors import UserError
 
 MODEL = ModelConfig()
@@ -131,9 +133,23 @@ class TestPacking:
         first = next(iter(chunks))
         assert first.tokens.shape == (32, 128)
         assert (first.tokens[:, 0] == BOS).all()
-        texts = (path.read_text(encoding="utf-8", errors="replace") for path in standard_library_files())
-        document = next(text for text in texts if text and not is_held_out(text, 0.01))
+        document = next(text for text in load_text()["text"] if not is_held_out(text, 0.01))
         assert first.tokens[0, 1:].tolist() == byte_ids(document)[:127]
+
+    def test_the_embedded_text_is_the_files_in_pieces(self) -> None:
+        """All lines of every file, a few at a time, and no two pieces of a file beside each other on purpose."""
+        pieces, places = defaultdict(list), []
+        for row in load_text():
+            pieces[row["path"]].append(row["text"])
+            places.append(row["path"])
+        longest = next(path for path in standard_library_files() if path.name == "typing.py")
+        lines = longest.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = pieces["typing.py"]
+        assert Counter(line for text in found for line in text.splitlines(keepends=True)) == Counter(lines)
+        sizes = sorted(len(text) for text in found)
+        assert sizes[1] >= 2048 and sizes[-1] < 2048 + max(map(len, lines))
+        neighbours = sum(a == b for a, b in pairwise(places))
+        assert neighbours < len(places) / 100
 
 
 class TestKeep:
