@@ -77,7 +77,7 @@ class TrainConfig:
     training_tokens: int = 2_000_000
     # Activations per step, over all ranks.
     train_batch_size_tokens: int = 2048
-    # Peak learning rate of Adam. By the recipe: falls with √d_sae for TopK.
+    # Peak learning rate of Adam. By the recipe: falls with d_sae.
     lr: float = 4e-4
     # Where the schedule's main part and the decay end; null: lr / 10.
     lr_end: float | None = None
@@ -95,7 +95,7 @@ class TrainConfig:
     adam_eps: float = 1e-8
     # The norm that the gradient of one SAE (all of its parameters on all shards) is clipped to.
     max_grad_norm: float = 1.0
-    # A latent that has not fired on this many tokens is dead. By the recipe: a tenth of the run.
+    # A latent that has not fired on this many tokens is dead. By the recipe: 150 · d_sae / k for TopK.
     dead_feature_window_tokens: int = 1_000_000
     # Steps over which firing frequencies are counted before they start anew.
     feature_sampling_window: int = 2000

@@ -48,9 +48,9 @@ class Run:
 def _schedule_and_adam(run: Run) -> Values:
     """What all architectures share."""
     return {
-        # A twentieth of the run.
+        # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty.
         "lr_warm_up_steps": run.steps // 20,
-        # To zero over the last fifth, as in dictionary_learning.
+        # To zero over the last fifth: theirs, and dictionary_learning's.
         "lr_decay_steps": run.steps // 5,
         # torch's, and SAELens's.
         "adam_beta1": 0.9,
@@ -60,19 +60,23 @@ def _schedule_and_adam(run: Run) -> Values:
 
 
 def _top_k(run: Run) -> Values:
-    """TopK, AbsTopK, BatchTopK, Matryoshka."""
+    """TopK, AbsTopK, BatchTopK, Matryoshka. Measured: ``benchmarks/LOG.md``, 2026-11-22, recipes."""
     assert run.k is not None
     return {
         **_schedule_and_adam(run),
-        # Falls with √d_sae, as Gao et al. 2024 (arXiv 2406.04093) find, and as sparsify scales it.
-        "lr": 2e-3 * math.sqrt(2048 / run.d_sae),
-        # Leaves a third of the latents silent that norm 0.1 (SAELens's) does.
-        "decoder_init_norm": 1.0,
+        # Measured with 2048 latents at widths 256 and 576, and with 8192 at 256. Gao et al. 2024 (arXiv 2406.04093)
+        # find 1/√d_sae; at one width, and in short runs, the best rate falls more slowly.
+        "lr": 2.5e-3 * (2048 / run.d_sae) ** (1 / 3),
+        # SAELens's. 1 gives the same FVU for TopK and a higher one for BatchTopK, with more silent latents.
+        "decoder_init_norm": 0.1,
         "b_dec_init": "mean",
+        # To norm √d_in, so that one learning rate fits all layers and models.
         "normalize_activations": "expected_average_only_in",
+        # SAELens's and Gao et al.'s. Adam does not see the coefficient where a latent has no other gradient.
         "aux_loss_coefficient": 1.0,
         "k_aux": None,
-        # In which a latent that fires as often as the others do does so 150 times; at least 10 steps.
+        # In which a latent that fires as often as the others do does so 150 times; at least 10 steps. So AuxK begins at
+        # once: no latent is given up, at a rate at which a sixth of them would be, and FVU is the same.
         "dead_feature_window_tokens": max(math.ceil(150 * run.d_sae / run.k), 10 * run.batch),
     }
 
@@ -81,13 +85,25 @@ def _penalised(run: Run) -> Values:
     """Standard, gated, JumpReLU: their sparsity comes from a loss, of which latents die at a high rate."""
     return {
         **_schedule_and_adam(run),
-        "lr": 4e-4,
+        # Three times it leaves half of JumpReLU's latents silent.
+        "lr": 1e-3 * (2048 / run.d_sae) ** (1 / 3),
         # SAELens's.
         "decoder_init_norm": 0.1,
         "b_dec_init": "mean",
         "normalize_activations": "expected_average_only_in",
+        # SAELens's; AuxK is TopK's alone, so it is only counted.
         "dead_feature_window_tokens": 1000 * run.batch,
     }
+
+
+def _l1(run: Run) -> Values:
+    """Standard and gated."""
+    # The coefficient gives L0 30 (standard, width 256, 2048 latents); 5, Conerly et al.'s, 15. Its rise is theirs.
+    return {**_penalised(run), "l1_coefficient": 2.0, "l1_warm_up_steps": run.steps // 20}
+
+
+def _jumprelu(run: Run) -> Values:
+    return {**_penalised(run), "l0_warm_up_steps": run.steps // 20}
 
 
 def _unknown(run: Run) -> Values:
@@ -99,9 +115,9 @@ def _unknown(run: Run) -> Values:
 # one's own that derives from one of them.
 _DEFAULT: dict[type[TrainingSAE], Callable[[Run], Values]] = {
     TopKTrainingSAE: _top_k,
-    StandardTrainingSAE: _penalised,
-    GatedTrainingSAE: _penalised,
-    JumpReLUTrainingSAE: _penalised,
+    StandardTrainingSAE: _l1,
+    GatedTrainingSAE: _l1,
+    JumpReLUTrainingSAE: _jumprelu,
 }
 
 

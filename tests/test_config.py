@@ -463,7 +463,7 @@ def test_help_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for words in (
         "--config C.yaml",
-        "--train.lr=0.002   by the recipe",
+        "--train.lr=0.0025   by the recipe",
         "--buffer.lanes=64",
         "--checkpoint.keep=2",
         "--topology.sae.tp=1",

@@ -67,7 +67,7 @@ def load(*saes: dict[str, Any], **keys: Any) -> RunConfig:
 
 
 def entry_of(**keys: Any) -> SAEEntry:
-    return load({"d_sae": 8192, **NEEDED.get(keys.get("architecture", "topk"), {}), **keys}).saes[0]
+    return load({"d_sae": 16384, **NEEDED.get(keys.get("architecture", "topk"), {}), **keys}).saes[0]
 
 
 # ---- what is filled in ----------------------------------------------------------------------------------------------
@@ -76,18 +76,18 @@ def entry_of(**keys: Any) -> SAEEntry:
 @pytest.mark.parametrize("architecture", TOP_K)
 def test_the_default_recipe_of_topk(architecture: str) -> None:
     entry = entry_of(architecture=architecture)
-    # 4000 steps; the rate is halved where there are four times as many latents as 2048.
+    # 4000 steps; the rate is halved where there are eight times as many latents as 2048.
     assert entry.train == {
-        "lr": pytest.approx(1e-3, rel=1e-12),
+        "lr": pytest.approx(1.25e-3, rel=1e-12),
         "lr_warm_up_steps": 200,
         "lr_decay_steps": 800,
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_eps": 1e-8,
-        "dead_feature_window_tokens": 153_600,  # 150 times the 8192 / 8 tokens between two firings
+        "dead_feature_window_tokens": 307_200,  # 150 times the 16384 / 8 tokens between two firings
     }
-    assert {name: entry.options[name] for name in recipes.OPTIONS} == {
-        "decoder_init_norm": 1.0,
+    assert {name: entry.options[name] for name in entry.options.keys() & recipes.OPTIONS} == {
+        "decoder_init_norm": 0.1,
         "b_dec_init": "mean",
         "normalize_activations": "expected_average_only_in",
         "aux_loss_coefficient": 1.0,
@@ -99,12 +99,16 @@ def test_the_default_recipe_of_topk(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", PENALISED)
 def test_the_default_recipe_of_the_others(architecture: str) -> None:
     entry = entry_of(architecture=architecture)
-    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (4e-4, 800)
+    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (pytest.approx(5e-4, rel=1e-12), 800)
+    penalty = (
+        {"l0_warm_up_steps": 200} if "jumprelu" in architecture else {"l1_coefficient": 2, "l1_warm_up_steps": 200}
+    )
     assert entry.options == {
-        "d_sae": 8192,
+        "d_sae": 16384,
         "decoder_init_norm": 0.1,
         "b_dec_init": "mean",
         "normalize_activations": "expected_average_only_in",
+        **penalty,
     }
     assert registry.training_config(architecture, 16, entry.options, "saes.0").problems() == {}
 
@@ -132,7 +136,7 @@ def test_what_is_given_wins_wherever_it_stands(tmp_path: Path) -> None:
     options = [entry.options for entry in run.saes]
     assert (options[0]["aux_loss_coefficient"], options[0]["normalize_activations"]) == (0, "none")
     assert [found["aux_loss_coefficient"] for found in options] == [0, 1.0, 1.0]
-    assert [found["decoder_init_norm"] for found in options] == [1.0, 1.0, 0.1]
+    assert [found["b_dec_init"] for found in options] == ["mean", "mean", "zeros"]
     path = tmp_path / "run.yaml"
     path.write_text("hookpoints: [a]\nsaes: [{d_sae: 2048, k: 8}]\n")
     again = config.load(path, {"train.lr": "1e-2", "saes.0.b_dec_init": "zeros"})
@@ -220,7 +224,7 @@ def test_a_run_with_other_recipes_is_refused_and_named(tmp_path: Path, monkeypat
     rundir.check(load({"d_sae": 2048, "k": 4}, **keys))
     before = DEFAULT[TopKTrainingSAE]
     monkeypatch.setitem(DEFAULT, TopKTrainingSAE, lambda run: {**before(run), "lr": 7.0})
-    with pytest.raises(UserError, match=r"saes\.0\.lr: 0\.002 != 7\.0"):
+    with pytest.raises(UserError, match=r"saes\.0\.lr: 0\.0025 != 7\.0"):
         rundir.check(load({"d_sae": 2048, "k": 4}, **keys))
     rundir.check(config.load(path))
 
@@ -273,14 +277,14 @@ def test_a_class_of_ones_own_has_the_recipe_of_its_base() -> None:
     assert mine.train == theirs.train
     # But for what it has chosen itself.
     assert "decoder_init_norm" not in mine.options
-    assert {**mine.options, "decoder_init_norm": 1.0, "k": 100} == theirs.options
+    assert {**mine.options, "decoder_init_norm": 0.1, "k": 100} == theirs.options
     found = entry_of(architecture="test_recipes:Mine", recipe="saelens").options
     assert (found["decoder_init_norm"], found["b_dec_init"]) == (0.3, "zeros")
 
 
 def test_a_class_that_derives_from_no_architecture_has_training_keys_alone() -> None:
     entry = entry_of(architecture="test_recipes:Bare")
-    assert entry.options == {"d_sae": 8192}
+    assert entry.options == {"d_sae": 16384}
     assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (4e-4, 800)
 
 
@@ -292,7 +296,7 @@ def test_saelens_is_what_saelens_has() -> None:
     theirs: dict[str, Any] = {
         field.name: field.default for field in dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
     }
-    run = load({"d_sae": 8192, "k": 8}, recipe="saelens")
+    run = load({"d_sae": 16384, "k": 8}, recipe="saelens")
     train = run.train_of(run.saes[0])
     same = (
         *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
@@ -303,7 +307,7 @@ def test_saelens_is_what_saelens_has() -> None:
     assert train.adam_eps == torch.optim.Adam([torch.zeros(1)]).defaults["eps"]
     # Written out in its trainer's step.
     assert train.max_grad_norm == 1.0
-    assert recipes._saelens(recipes.Run(8192, 32, TOKENS, BATCH)).keys() == {
+    assert recipes._saelens(recipes.Run(16384, 32, TOKENS, BATCH)).keys() == {
         *same, "dead_feature_window_tokens", "adam_eps", "max_grad_norm"
     }  # fmt: skip
 
@@ -315,8 +319,10 @@ def test_options_of_saelens_are_those_of_its_classes(architecture: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(theirs)}
     names = ["decoder_init_norm", "normalize_activations"]
     expected = {name: defaults[name] for name in names} | {"b_dec_init": "zeros"}  # what it does, without a name for it
+    penalty = ["aux_loss_coefficient", "l1_coefficient", "l1_warm_up_steps", "l0_warm_up_steps"]
+    expected |= {name: defaults[name] for name in penalty if name in defaults}
     if architecture in TOP_K:
-        expected |= {"aux_loss_coefficient": defaults["aux_loss_coefficient"], "k_aux": None}
+        expected |= {"k_aux": None}
     for name in (architecture, *(name for name, kind in TRANSCODERS.items() if kind == architecture)):
         options = entry_of(architecture=name, recipe="saelens").options
         assert {name: options[name] for name in recipes.OPTIONS & options.keys()} == expected
