@@ -36,7 +36,6 @@ from scale_sae.trainer import Trainer
 from scale_sae.zero import DeepSpeedEngine, ZeroOptimizer
 from written_out import Plain
 
-
 # ---- b_dec at the mean of the first rows ----------------------------------------------------------------------------
 
 SCALED = {"normalize_activations": "expected_average_only_in", "b_dec_init": "mean"}
