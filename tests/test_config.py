@@ -45,11 +45,11 @@ def test_quickstart_is_the_contract() -> None:
     assert (entry.name, entry.architecture, entry.d_sae, entry.options["k"]) == ("k32", "topk", 2048, 32)
     assert run.topology == config.TopologyConfig(config.LMTopology(tp=2, dp=1), config.SAETopology(1, 1, 2), "local")
     assert run.topology.world_size == 4
-    # The example spells defaults out; all but what suits a short run must be as if it were left out.
+    # The example spells defaults out; all but what suits a short run on so small a text must be as if it were left out.
     defaults = RunConfig(run.hookpoints, run.saes, topology=run.topology)
     changed = [line.partition(":")[0] for line in config.differences(config.to_dict(run), config.to_dict(defaults))]
     evaluated = ["evaluation.every_steps", "evaluation.tokens"]
-    assert sorted(changed) == [*evaluated, "train.training_tokens"]
+    assert sorted(changed) == ["buffer.tokens", *evaluated, "train.training_tokens"]
     # What its comment says that the recipe fills in is what it does.
     comment = QUICKSTART.read_text().partition("recipe: default")[0]
     for name in (entry.train.keys() | entry.options.keys()) - {"d_sae", "k"}:
