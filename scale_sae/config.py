@@ -73,7 +73,18 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
     for key, value in (overrides or {}).items():
         set_dotted(tree, _ALIASES.get(key, key), value)
         _resolve_aliases(tree)
+    for key, value in (overrides or {}).items():
+        _check_reaches(tree, key, value)
     return from_dict(tree)
+
+
+def _check_reaches(tree: Mapping[str, Any], key: str, value: Any) -> None:
+    """UserError for a key of `train` that no SAE would take, as with the config of a run's folder."""
+    section, _, name = key.partition(".")
+    entries = tree.get("saes")
+    if section == "train" and isinstance(entries, list) and entries:
+        own = all(isinstance(entry, dict) and name in entry for entry in entries)
+        require(not own, key, value, f"changes nothing, since every entry of saes has its own; set saes.0.{name}")
 
 
 def from_dict(tree: Mapping[str, Any]) -> RunConfig:

@@ -450,11 +450,11 @@ def test_identity_and_differences(tmp_path: Path) -> None:
         "checkpoint.every_steps: 7 != 200",
         "logging.log_to_wandb: True != False",
     ]
-    other = from_text(tmp_path, yaml.safe_dump(tree), {"train.lr": 1e-3, "saes.0.k": 8, "saes.1.lr": 0.5})
+    other = from_text(tmp_path, yaml.safe_dump(tree), {"train.max_grad_norm": 0.5, "saes.0.k": 8, "saes.1.lr": 0.5})
     assert config.differences(config.identity(run), config.identity(other)) == [
         "saes.0.k: 4 != 8",
         f"saes.1.lr: {run.saes[1].train['lr']} != 0.5",
-        "train.lr: 0.0004 != 0.001",
+        "train.max_grad_norm: 1.0 != 0.5",
     ]
 
 

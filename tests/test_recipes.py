@@ -99,6 +99,19 @@ def test_the_window_has_ten_steps_at_least() -> None:
     assert load({"d_sae": 64, "k": 4}).saes[0].train["dead_feature_window_tokens"] == 10 * BATCH
 
 
+def test_a_key_that_no_sae_would_take_is_refused(tmp_path: Path) -> None:
+    """As with the config of a run's folder, in which entries go before `train`."""
+    path = made(tmp_path / "run", load({"name": "a", "d_sae": 64, "k": 4}, {"name": "b", "d_sae": 64, "k": 4}))
+    with pytest.raises(UserError, match=r"^train\.lr: 0\.5 changes nothing, .* set saes\.0\.lr"):
+        config.load(path, {"train.lr": 0.5})
+    assert config.load(path, {"saes.0.lr": 0.5}).saes[0].train["lr"] == 0.5
+    assert config.load(path, {"train.training_tokens": 2 * TOKENS}).train.training_tokens == 2 * TOKENS
+    tree = yaml.safe_load(path.read_text())
+    del tree["saes"][1]["lr"]
+    path.write_text(yaml.safe_dump(tree))
+    assert config.load(path, {"train.lr": 0.5}).saes[1].train.get("lr", 0.5) == 0.5
+
+
 def test_what_is_given_wins_wherever_it_stands(tmp_path: Path) -> None:
     run = load(
         {"name": "a", "d_sae": 2048, "k": 8, "lr": 0.5, "aux_loss_coefficient": 0, "normalize_activations": "none"},
