@@ -48,9 +48,10 @@ class Run:
 def _schedule_and_adam(run: Run) -> Values:
     """What all architectures share."""
     return {
-        # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty.
+        # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty. FVU 0.0427 with it,
+        # 0.0435 without.
         "lr_warm_up_steps": run.steps // 20,
-        # To zero over the last fifth: theirs, and dictionary_learning's.
+        # To zero over the last fifth: theirs, and dictionary_learning's. FVU 0.0427 with it, 0.0487 without.
         "lr_decay_steps": run.steps // 5,
         # torch's, and SAELens's.
         "adam_beta1": 0.9,
@@ -70,8 +71,9 @@ def _top_k(run: Run) -> Values:
         "lr": 2.5e-3 * math.sqrt(2048 / run.d_sae),
         # SAELens's. 1 gives the same FVU for TopK and a higher one for BatchTopK, with more silent latents.
         "decoder_init_norm": 0.1,
+        # FVU 0.0427 and no silent latents; from zeros 0.0437 and 0.6 %.
         "b_dec_init": "mean",
-        # To norm √d_in, so that one learning rate fits all layers and models.
+        # To norm √d_in, so that one learning rate fits all layers and models. FVU 0.0427; 0.0432 as they come.
         "normalize_activations": "expected_average_only_in",
         # SAELens's and Gao et al.'s. Adam does not see the coefficient where a latent has no other gradient.
         "aux_loss_coefficient": 1.0,
