@@ -48,8 +48,8 @@ class Run:
 def _schedule_and_adam(run: Run) -> Values:
     """What all architectures share."""
     return {
-        # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty. FVU 0.0427 with it,
-        # 0.0435 without.
+        # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty. FVU 0.0427 with
+        # it, 0.0435 without.
         "lr_warm_up_steps": run.steps // 20,
         # To zero over the last fifth: theirs, and dictionary_learning's. FVU 0.0427 with it, 0.0487 without.
         "lr_decay_steps": run.steps // 5,
@@ -75,7 +75,7 @@ def _top_k(run: Run) -> Values:
         "b_dec_init": "mean",
         # To norm √d_in, so that one learning rate fits all layers and models. FVU 0.0427; 0.0432 as they come.
         "normalize_activations": "expected_average_only_in",
-        # SAELens's and Gao et al.'s. Adam does not see the coefficient where a latent has no other gradient.
+        # SAELens's. Adam does not see the coefficient where a latent has no other gradient.
         "aux_loss_coefficient": 1.0,
         "k_aux": None,
         # In which a latent that fires as often as the others do does so 150 times; at least 10 steps. So AuxK begins at
