@@ -137,13 +137,13 @@ class TestPacking:
         assert first.tokens[0, 1:].tolist() == byte_ids(document)[:127]
 
     def test_the_embedded_text_is_the_files_in_pieces(self) -> None:
-        """All lines of every file, a few at a time, and no two pieces of a file beside each other on purpose."""
+        """All lines of every file, a few at a time, and seldom two pieces of a file beside each other."""
         pieces, places = defaultdict(list), []
         for row in load_text():
             pieces[row["path"]].append(row["text"])
             places.append(row["path"])
-        longest = next(path for path in standard_library_files() if path.name == "typing.py")
-        lines = longest.read_text(encoding="utf-8").splitlines(keepends=True)
+        file = next(path for path in standard_library_files() if path.name == "typing.py")
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         found = pieces["typing.py"]
         assert Counter(line for text in found for line in text.splitlines(keepends=True)) == Counter(lines)
         sizes = sorted(len(text) for text in found)

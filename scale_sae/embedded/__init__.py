@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "embedded"
 MODEL_FOLDER = Path(__file__).parent / "model"
-PIECE = 2048
+PIECE = 2048  # characters, and what is left of the line
 
 
 def standard_library_files() -> list[Path]:
