@@ -52,6 +52,11 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+def largest_usable_norm(norms: Tensor) -> Tensor:
+    """What the norm of a row may be, scalar: ``OUTLIER_RATIO`` times the median of those that are finite."""
+    return OUTLIER_RATIO * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()
+
+
 def usable_rows(x: Tensor, dp: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     """(bool [B]: which rows of the batch count, count of non-finite rows, count of outlier rows).
 
@@ -61,7 +66,7 @@ def usable_rows(x: Tensor, dp: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     norms = dp.all_gather(norms).flatten()
     finite = torch.isfinite(norms)
-    usable = finite & (norms <= OUTLIER_RATIO * torch.where(finite, norms, torch.nan).nanmedian())
+    usable = finite & (norms <= largest_usable_norm(norms))
     return usable, (~finite).sum(), (finite & ~usable).sum()
 
 
@@ -294,8 +299,7 @@ class Trainer:
         shard = self.topology.shard
         own = self.buffer.row_norms(name)
         norms = shard.dp.all_gather(shard.all_gather(own)).flatten()
-        norms = norms[norms.isfinite()]
-        limit = OUTLIER_RATIO * norms.median()
+        limit = largest_usable_norm(norms)
         return own <= limit, norms[norms <= limit]
 
     def _scale(self, name: str, norms: Tensor) -> float:
