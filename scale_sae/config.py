@@ -239,8 +239,9 @@ def _check_topology(config: RunConfig) -> None:
 
 def _check_train(key: str, train: TrainConfig) -> None:
     """Checks settings that hold for the run (``key`` "train") or for one SAE ("saes.0")."""
+    require(train.lr is None or train.lr > 0, f"{key}.lr", train.lr, "must be above 0, or null")
     for name in (
-        *("lr", "n_restart_cycles", "max_grad_norm", "adam_eps"),
+        *("n_restart_cycles", "max_grad_norm", "adam_eps"),
         *("dead_feature_window_tokens", "feature_sampling_window"),
     ):
         require(getattr(train, name) > 0, f"{key}.{name}", getattr(train, name), "must be above 0")

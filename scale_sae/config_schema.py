@@ -77,8 +77,9 @@ class TrainConfig:
     training_tokens: int = 2_000_000
     # Activations per step, over all ranks.
     train_batch_size_tokens: int = 2048
-    # Peak learning rate of Adam. By the recipe: falls with d_sae.
-    lr: float = 4e-4
+    # Peak learning rate of Adam; null, as by the recipe: what `recipes.learning_rate` gives for d_sae and the width of
+    # the SAE's hookpoints (the widest of them). In the run's config.yaml it is a number.
+    lr: float | None = None
     # Where the schedule's main part and the decay end; null: lr / 10.
     lr_end: float | None = None
     # The schedule between warm-up and decay.

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from scale_sae import recipes
 from scale_sae.activations.source import fill_pattern, inspect_model, match_hookpoints
 from scale_sae.config import InitFrom, RunConfig, SAEEntry, TrainConfig
 from scale_sae.config_schema import STREAM_KEYS
@@ -21,7 +22,7 @@ ENTRY_KEYS = (
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One SAE job. ``train`` holds the run's training settings with the entry's own in their place.
+    """One SAE job. ``train`` holds the run's training settings with the entry's own in their place, and a rate.
 
     ``target`` is the hookpoint of what it reconstructs: ``hookpoint`` itself, but for transcoders.
     """
@@ -65,8 +66,13 @@ def resolve(config: RunConfig) -> tuple[dict[str, int], list[JobSpec]]:
     widths = _inspect(config, patterns)
     jobs: list[JobSpec] = []
     for index, entry in enumerate(config.saes):
-        for hookpoint in match_hookpoints(config.hookpoints_of(entry), widths):
-            job = _job(config, index, hookpoint, widths)
+        hookpoints = match_hookpoints(config.hookpoints_of(entry), widths)
+        train = config.train_of(entry)
+        if train.lr is None:
+            widest = max(widths[name] for name in hookpoints)
+            train = replace(train, lr=recipes.learning_rate(entry.architecture, widest, entry.d_sae))
+        for hookpoint in hookpoints:
+            job = _job(config, index, hookpoint, widths, train)
             _check_folder(job, entry, jobs)
             jobs.append(job)
     used = {name for job in jobs for name in (job.hookpoint, job.target)}
@@ -88,7 +94,17 @@ def _inspect(config: RunConfig, patterns: Iterable[str]) -> dict[str, int]:
         raise
 
 
-def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int]) -> JobSpec:
+def with_rates(config: RunConfig, jobs: Iterable[JobSpec]) -> RunConfig:
+    """``config``, of which ``jobs`` are all, with their learning rates in the entries that leave them to the width."""
+    rates = {job.entry: job.train.lr for job in jobs}
+    entries = [
+        replace(entry, train=entry.train | {"lr": rates[index]}) if config.train_of(entry).lr is None else entry
+        for index, entry in enumerate(config.saes)
+    ]
+    return replace(config, saes=tuple(entries))
+
+
+def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int], train: TrainConfig) -> JobSpec:
     entry, key = config.saes[index], f"saes.{index}"
     cfg = registry.training_config(entry.architecture, widths[hookpoint], entry.options, key, ENTRY_KEYS)
     target = hookpoint
@@ -111,7 +127,6 @@ def _job(config: RunConfig, index: int, hookpoint: str, widths: dict[str, int]) 
     if isinstance(k := getattr(cfg, "k", None), int | float) and k * batch < 1:
         raise UserError(f"{key}.k: {k} times {batch} rows is less than one active latent in a batch; raise it")
     sae_id = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
-    train = config.train_of(entry)
     return JobSpec(sae_id, hookpoint, target, index, entry.architecture, cfg, train, entry.init_from)
 
 

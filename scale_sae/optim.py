@@ -26,6 +26,7 @@ def learning_rate(step: int, total_steps: int, train: "TrainConfig") -> float:
         train: gives lr, lr_end, lr_scheduler_name, n_restart_cycles, lr_warm_up_steps and lr_decay_steps.
     """
     lr = train.lr
+    assert lr is not None, "a job's rate is a number"
     lr_end = lr / 10 if train.lr_end is None else train.lr_end
     warm_up, decay = train.lr_warm_up_steps, train.lr_decay_steps
     if step < warm_up:

@@ -48,6 +48,8 @@ class Run:
 def _schedule_and_adam(run: Run) -> Values:
     """What all architectures share."""
     return {
+        # By the width of the hookpoint: `learning_rate`.
+        "lr": None,
         # A twentieth of the run, as Conerly et al. (Anthropic, April 2024) have it for their penalty. FVU 0.0427 with
         # it, 0.0435 without.
         "lr_warm_up_steps": run.steps // 20,
@@ -65,10 +67,6 @@ def _top_k(run: Run) -> Values:
     assert run.k is not None
     return {
         **_schedule_and_adam(run),
-        # Good with 2048 latents at widths 256 and 576, in runs of 2000 steps. It falls with the root of d_sae as Gao et
-        # al. 2024 (arXiv 2406.04093) find it. At one width, in runs so short, the best rate falls more slowly (2e-3 for
-        # 8192 latents), but theirs were long runs of wide models, and none of those was measured here.
-        "lr": 2.5e-3 * math.sqrt(2048 / run.d_sae),
         # SAELens's. 1 gives the same FVU for TopK and a higher one for BatchTopK, with more silent latents.
         "decoder_init_norm": 0.1,
         # FVU 0.0427 and no silent latents; from zeros 0.0437 and 0.6 %.
@@ -88,8 +86,6 @@ def _penalised(run: Run) -> Values:
     """Standard, gated, JumpReLU: their sparsity comes from a loss, of which latents die at a high rate."""
     return {
         **_schedule_and_adam(run),
-        # Three times it leaves half of JumpReLU's latents silent.
-        "lr": 1e-3 * math.sqrt(2048 / run.d_sae),
         # SAELens's.
         "decoder_init_norm": 0.1,
         "b_dec_init": "mean",
@@ -111,7 +107,7 @@ def _jumprelu(run: Run) -> Values:
 
 def _unknown(run: Run) -> Values:
     """A class of one's own that derives from none of the others: nothing is known of its options."""
-    return {**_schedule_and_adam(run), "lr": 4e-4, "dead_feature_window_tokens": 1000 * run.batch}
+    return {**_schedule_and_adam(run), "dead_feature_window_tokens": 1000 * run.batch}
 
 
 # The nearest of these among a class's bases decides: a transcoder has the values of its kind, and so has a class of
@@ -122,6 +118,31 @@ _DEFAULT: dict[type[TrainingSAE], Callable[[Run], Values]] = {
     GatedTrainingSAE: _l1,
     JumpReLUTrainingSAE: _jumprelu,
 }
+
+
+def _base(sae_class: type[TrainingSAE]) -> type[TrainingSAE] | None:
+    return next((base for base in sae_class.__mro__ if base in _DEFAULT), None)
+
+
+def learning_rate(architecture: str, d_in: int, d_sae: int) -> float:
+    """The peak learning rate by the default recipe, to two digits.
+
+    c · (2048 / d_sae)^¼ / √d_in. Of 2000 steps on activations of norm √d_in, the best for TopK are 2.5e-3 to 4e-3 at
+    d_in 256 with 2048 latents, 2e-3 there with 8192 latents, 2e-3 at d_in 576 with 2048 latents; c is at the lower end,
+    where no latents fall silent. Gao et al. 2024 (arXiv 2406.04093) find the root of d_sae in long runs of wide models;
+    at d_in 4096 with 131072 latents this gives 2.2e-4.
+
+    Args:
+        architecture: name in the registry, or ``module:Class``.
+        d_in: width of the input.
+        d_sae: latents over all shards.
+    """
+    base = _base(registry.lookup(architecture, "architecture")[0])
+    if base is None:
+        return 4e-4
+    # At three times 0.016 half of JumpReLU's latents are silent.
+    scale = 0.04 if base is TopKTrainingSAE else 0.016
+    return float(f"{scale * (2048 / d_sae) ** 0.25 / math.sqrt(d_in):.2g}")
 
 
 def _saelens(run: Run) -> Values:
@@ -171,7 +192,7 @@ def _fill_entry(config: RunConfig, entry: SAEEntry, key: str, given: Collection[
     if (entry.recipe or config.recipe) == "saelens":
         values = _saelens(run) | {name: defaults[name] for name in OPTIONS & defaults.keys()}
     else:
-        base = next((base for base in sae_class.__mro__ if base in _DEFAULT), None)
+        base = _base(sae_class)
         values = _DEFAULT[base](run) if base else _unknown(run)
         # A class of one's own that has another default than the class it derives from has chosen it.
         theirs = _defaults(registry.config_class_of(base)) if base else {}

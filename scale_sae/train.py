@@ -33,7 +33,7 @@ from scale_sae.errors import UserError
 from scale_sae.evaluation import Evaluation
 from scale_sae.heartbeat import role_of
 from scale_sae.held_out import Batch, batches
-from scale_sae.jobs import JobSpec, resolve
+from scale_sae.jobs import JobSpec, resolve, with_rates
 from scale_sae.metrics import MetricsWriter
 from scale_sae.saes import registry
 from scale_sae.saes.check import check_custom
@@ -442,6 +442,7 @@ def train_in(
     agree(lambda: topology.check_world_size(config.topology, world_size, program))
     devices = agree(lambda: topology.pick_devices(config.topology, rank, session.local_rank))
     widths, specs = agree(lambda: resolve(config))
+    config = with_rates(config, specs)
     agree(lambda: engine_settings.check_jobs(config.topology, specs))
     cache = agree(lambda: open_cache(config, widths))
     deepspeed = agree(lambda: engine_settings.deepspeed_settings(config.topology, os.environ))

@@ -60,7 +60,7 @@ def test_minimal_config_gets_every_default(tmp_path: Path) -> None:
     run = with_changes(tmp_path, {})
     left_out = RunConfig(("model.layers.1",), (config.SAEEntry(options={"d_sae": 2048, "k": 32}),))
     assert run == recipes.fill(left_out, ())  # what these give: test_recipes
-    assert (run.seed, run.resume, run.train.lr, run.data.seqpos_slice) == (0, "auto", 4e-4, (None,))
+    assert (run.seed, run.resume, run.train.lr, run.data.seqpos_slice) == (0, "auto", None, (None,))
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_help_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for words in (
         "--config C.yaml",
-        "--train.lr=0.0025   by the recipe",
+        "--train.lr=null   by the recipe",
         "--buffer.lanes=64",
         "--checkpoint.keep=2",
         "--topology.sae.tp=1",

@@ -186,7 +186,7 @@ def test_settings_that_deepspeed_refuses() -> None:
     def worker(rank: int, world: int) -> str:
         settings = {"zero_optimization": {"stage": 1, "no_such_key": 1}}
         with pytest.raises(UserError) as error:
-            DeepSpeedEngine(jumprelu(shard_in_grid(rank, 1, 1)), settings, TrainConfig())
+            DeepSpeedEngine(jumprelu(shard_in_grid(rank, 1, 1)), settings, TrainConfig(lr=0.01))
         return str(error.value)
 
     (said,) = run_ranks(1, worker)

@@ -379,7 +379,7 @@ def test_parameters_and_state_are_divided_over_all_ranks(dp: int, tp: int) -> No
             "topk", training_config("topk", d_in, {"d_sae": d_sae, "k": 4, "dtype": "float64"}, "saes.0"), shard
         )
         sae.initialize(0, "model.layers.0")
-        optimizer = Optimizer(FSDP2Engine(sae, mesh) if mesh else LocalEngine(sae), TrainConfig(), 2)
+        optimizer = Optimizer(FSDP2Engine(sae, mesh) if mesh else LocalEngine(sae), TrainConfig(lr=0.01), 2)
         for step in range(2):
             x = torch.randn(batch, d_in, dtype=torch.float64)
             dead = torch.zeros(sae.n_local, dtype=torch.bool)

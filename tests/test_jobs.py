@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from scale_sae.collectives import Shard
 from scale_sae.config import from_dict, load
 from scale_sae.errors import UserError
-from scale_sae.jobs import JobSpec, resolve
+from scale_sae.jobs import JobSpec, resolve, with_rates
+from scale_sae.recipes import learning_rate
 from scale_sae.saes import StandardTrainingSAE, TopKTrainingSAE, TrainStepInput, create, training_config
 from scale_sae.topology import Job, plan, split_jobs
 
@@ -240,3 +241,32 @@ def test_every_layer_has_two_saes() -> None:
     groups = plan(run.topology, [job.planned for job in jobs], run.buffer.lanes).groups
     assert [len(group.hookpoints) for group in groups] == [4, 4]
     assert not set(groups[0].hookpoints) & set(groups[1].hookpoints)
+
+
+def test_the_rate_that_a_config_leaves_open_is_by_the_width_of_the_hookpoints() -> None:
+    narrow, wide = "model.layers.0.mlp", "model.layers.0.mlp.act_fn"
+    run = run_of(
+        {"name": "own", "k": 4, "lr": 0.5, "hookpoints": [narrow, wide]},
+        {"name": "narrow", "k": 4, "hookpoints": [narrow]},
+        {"name": "both", "k": 4, "hookpoints": [narrow, wide]},
+        {"name": "saelens", "k": 4, "recipe": "saelens", "hookpoints": [narrow]},
+    )
+    widths, jobs = resolve(run)
+    assert (widths[narrow], widths[wide]) == (256, 640)
+    rates = {(job.sae_id.rpartition("/")[2], job.hookpoint): job.train.lr for job in jobs}
+    assert rates == {
+        ("own", narrow): 0.5,
+        ("own", wide): 0.5,
+        ("narrow", narrow): learning_rate("topk", 256, 64),
+        ("both", narrow): learning_rate("topk", 640, 64),
+        ("both", wide): learning_rate("topk", 640, 64),
+        ("saelens", narrow): 3e-4,
+    }
+    # A run's folder has numbers, with which it goes on whatever another version's rule.
+    written = with_rates(run, jobs)
+    assert [entry.train["lr"] for entry in written.saes] == [
+        0.5,
+        *(rates[name] for name in (("narrow", narrow), ("both", wide), ("saelens", narrow))),
+    ]
+    assert with_rates(written, resolve(written)[1]) == written
+    assert resolve(written)[1] == jobs

@@ -17,7 +17,8 @@ from scale_sae.saes import TrainingSAE, TrainStepInput, create, training_config
 
 D_IN, D_SAE, BATCH, STEPS = 12, 48, 64, 40
 # High enough that the weights move by more than their size; the gradient's norm is above and below the clip by turns.
-TRAIN = TrainConfig(lr=0.02, lr_warm_up_steps=5, lr_decay_steps=10, max_grad_norm=3.0)
+LR = 0.02
+TRAIN = TrainConfig(lr=LR, lr_warm_up_steps=5, lr_decay_steps=10, max_grad_norm=3.0)
 ONE = Shard()
 
 
@@ -114,7 +115,7 @@ def test_training_equals_saelens() -> None:
     theirs = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3, dtype="float64"))
     theirs.W_enc.data = run.sae.W_enc.detach().clone().contiguous()
     theirs.W_dec.data = run.sae.W_dec.detach().clone()
-    adam = torch.optim.Adam(theirs.parameters(), lr=TRAIN.lr, betas=(TRAIN.adam_beta1, TRAIN.adam_beta2))
+    adam = torch.optim.Adam(theirs.parameters(), lr=LR, betas=(TRAIN.adam_beta1, TRAIN.adam_beta2))
     scheduler = saelens_scheduler(adam, TRAIN, STEPS)
     silent = torch.zeros(D_SAE, dtype=torch.int64)
     for step in range(STEPS):
@@ -233,6 +234,7 @@ def test_state_copied_into_a_new_run_goes_on_bitwise() -> None:
 def saelens_scheduler(adam: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> Any:
     from sae_lens.training.optim import get_lr_scheduler
 
+    assert train.lr is not None
     return get_lr_scheduler(
         train.lr_scheduler_name,
         adam,
@@ -260,7 +262,7 @@ def schedules() -> Iterator[TrainConfig]:
 def test_schedule_equals_saelens(total_steps: int) -> None:
     pytest.importorskip("sae_lens")
     for train in schedules():
-        adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=train.lr)
+        adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=train.lr or 0.0)
         scheduler = saelens_scheduler(adam, train, total_steps)
         for step in range(total_steps):
             ours, theirs = learning_rate(step, total_steps, train), adam.param_groups[0]["lr"]
@@ -275,4 +277,4 @@ def test_schedule_sets_the_step_size() -> None:
     before = run.sae.b_dec.detach().clone()
     run.step(0)
     moved = (run.sae.b_dec - before).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, TRAIN.lr / 5), rtol=1e-5, atol=0)  # eps is 1e-8 beside |g|
+    torch.testing.assert_close(moved, torch.full_like(moved, LR / 5), rtol=1e-5, atol=0)  # eps is 1e-8 beside |g|

@@ -186,7 +186,7 @@ def test_the_link_behind_times_is_found() -> None:
 
 def shard_of(d_in: int, d_sae: int, rows: int, tp: int = 1, **options: Any) -> SAEShard:
     """One rank's shard of a TopK SAE without dp."""
-    cfg, train = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **options), TrainConfig(10**9, rows)
+    cfg, train = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **options), TrainConfig(10**9, rows, lr=1e-3)
     spec = JobSpec("x", "x", "x", 0, "topk", cfg, train, None)
     sae = registry.create("topk", cfg, Shard(tp - 1, tp, dp=Ranks()), "meta")
     return SAEShard(spec, sae, tp, 1, rows, rows, "local")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import yaml
 from torch import Tensor
 
+import runs
+from harness import RankError
 from saes_for_tests import (
     TRAINED,
     TRANSCODERS,
@@ -53,9 +56,9 @@ def entry_of(**keys: Any) -> SAEEntry:
 @pytest.mark.parametrize("architecture", TOP_K)
 def test_the_default_recipe_of_topk(architecture: str) -> None:
     entry = entry_of(architecture=architecture)
-    # 4000 steps; the rate is halved where there are four times as many latents as 2048.
+    # Of 4000 steps. The rate is for the hookpoint's width to say.
     assert entry.train == {
-        "lr": pytest.approx(1.25e-3, rel=1e-12),
+        "lr": None,
         "lr_warm_up_steps": 200,
         "lr_decay_steps": 800,
         "adam_beta1": 0.9,
@@ -76,7 +79,7 @@ def test_the_default_recipe_of_topk(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", PENALISED)
 def test_the_default_recipe_of_the_others(architecture: str) -> None:
     entry = entry_of(architecture=architecture)
-    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (pytest.approx(5e-4, rel=1e-12), 800)
+    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (None, 800)
     penalty = (
         {"l0_warm_up_steps": 200} if "jumprelu" in architecture else {"l1_coefficient": 2, "l1_warm_up_steps": 200}
     )
@@ -93,6 +96,16 @@ def test_the_default_recipe_of_the_others(architecture: str) -> None:
 def test_every_architecture_is_tested() -> None:
     ours = [name for name, (made, _) in registry._CLASSES.items() if made.__module__.startswith("scale_sae.")]
     assert sorted(ours) == sorted([*TOP_K, *PENALISED])
+
+
+@pytest.mark.parametrize(("architectures", "scale"), [(TOP_K, 0.04), (PENALISED, 0.016)])
+def test_the_learning_rate_falls_with_both_widths(architectures: list[str], scale: float) -> None:
+    for architecture in architectures:
+        rate = partial(recipes.learning_rate, architecture)
+        assert rate(256, 2048) == pytest.approx(scale / 16, rel=1e-12)
+        assert rate(1024, 2048) == pytest.approx(scale / 32, rel=0.05)  # two digits
+        assert rate(256, 16 * 2048) == pytest.approx(scale / 32, rel=0.05)
+        assert rate(576, 2048) == pytest.approx(scale / 24, rel=0.05)
 
 
 def test_the_window_has_ten_steps_at_least() -> None:
@@ -214,9 +227,29 @@ def test_a_run_with_other_recipes_is_refused_and_named(tmp_path: Path, monkeypat
     rundir.check(load({"d_sae": 2048, "k": 4}, **keys))
     before = DEFAULT[TopKTrainingSAE]
     monkeypatch.setitem(DEFAULT, TopKTrainingSAE, lambda run: {**before(run), "lr": 7.0})
-    with pytest.raises(UserError, match=r"saes\.0\.lr: 0\.0025 != 7\.0"):
+    with pytest.raises(UserError, match=r"saes\.0\.lr: None != 7\.0"):
         rundir.check(load({"d_sae": 2048, "k": 4}, **keys))
     rundir.check(config.load(path))
+
+
+def test_a_run_writes_down_the_rate_that_the_width_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = runs.tiny_config(tmp_path, recipe="default")
+    tree["train"] = {"training_tokens": 20 * 128, "train_batch_size_tokens": 128}
+    path = runs.write_config(tmp_path, tree)
+    runs.forked_run(path, 1, {"logging.log_every_steps": 1})
+    rates = [recipes.learning_rate("topk", 256, d_sae) for d_sae in (256, 512)]
+    saved = tmp_path / "run/config.yaml"
+    assert [entry["lr"] for entry in yaml.safe_load(saved.read_text())["saes"]] == rates
+    # Of 20 steps one is warm-up.
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = {line["sae_id"]: line["details/current_learning_rate"] for line in lines if line.get("step") == 1}
+    assert [logged[f"model.layers.1/{name}"] for name in ("small", "wide")] == rates
+    runs.forked_run(path, 1)
+    # With its folder's config it goes on whatever the rule has become; with its own file the difference is named.
+    monkeypatch.setattr(recipes, "learning_rate", lambda *_: 7.0)
+    runs.forked_run(saved, 1)
+    with pytest.raises(RankError, match="exit code 1"):
+        runs.forked_run(path, 1)
 
 
 def test_a_run_grows_with_the_values_that_it_had(tmp_path: Path) -> None:
@@ -265,6 +298,7 @@ class Bare(TrainingSAE):
 def test_a_class_of_ones_own_has_the_recipe_of_its_base() -> None:
     theirs, mine = entry_of(k=100), entry_of(architecture="test_recipes:Mine")  # whose k is 100, TopK's default
     assert mine.train == theirs.train
+    assert recipes.learning_rate("test_recipes:Mine", 256, 2048) == recipes.learning_rate("topk", 256, 2048)
     # But for what it has chosen itself.
     assert "decoder_init_norm" not in mine.options
     assert {**mine.options, "decoder_init_norm": 0.1, "k": 100} == theirs.options
@@ -275,7 +309,8 @@ def test_a_class_of_ones_own_has_the_recipe_of_its_base() -> None:
 def test_a_class_that_derives_from_no_architecture_has_training_keys_alone() -> None:
     entry = entry_of(architecture="test_recipes:Bare")
     assert entry.options == {"d_sae": 8192}
-    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (4e-4, 800)
+    assert (entry.train["lr"], entry.train["lr_decay_steps"]) == (None, 800)
+    assert recipes.learning_rate("test_recipes:Bare", 256, 8192) == 4e-4
 
 
 # ---- SAELens's values -----------------------------------------------------------------------------------------------

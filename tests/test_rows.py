@@ -232,7 +232,7 @@ def test_a_step_holds_nothing_as_large_as_a_matrix_or_the_dense_activations(
 ) -> None:
     d_in, d_sae, batch = 64, 4096, 256
     sae = new(architecture, Shard(), d_in, d_sae)
-    optimizer = Optimizer(LocalEngine(sae), TrainConfig(), 3)
+    optimizer = Optimizer(LocalEngine(sae), TrainConfig(lr=0.01), 3)
     block = batch * d_in * 4  # bytes of a batch, to which the working sets are bounded here
     sae.pre_activation_bytes = block
     monkeypatch.setattr(plain, "_BLOCK_BYTES", block)

@@ -229,7 +229,7 @@ def _candidate(meter: _Meter, bandwidth: float, kind: str, rows: int, latents: i
 def _overhead(meter: _Meter) -> float:
     """Seconds of the host for one operation: an SAE's step that is too small to compute anything."""
     cfg = TopKTrainingSAEConfig(d_in=8, d_sae=32, k=2)
-    train = TrainConfig(training_tokens=10**6, train_batch_size_tokens=8)
+    train = TrainConfig(training_tokens=10**6, train_batch_size_tokens=8, lr=1e-3)
     spec = JobSpec("calibration", "x", "x", 0, "topk", cfg, train, None)
     job = JobTrainer(spec, new_sae(spec, Shard(), meter.device, 0), 1000)
     x = torch.randn(8, 8, device=meter.device)
