@@ -159,30 +159,46 @@ def origin(results: Sequence[Result]) -> str:
 # ---- dictionaries of several sizes -----------------------------------------------------------------------------------
 
 
+class Size(NamedTuple):
+    """A dictionary of ``d_sae`` latents after the longest of its runs; the figures are means over seeds."""
+
+    d_sae: int
+    tokens: int
+    fvu: float
+    l0: float
+    silent: float
+
+
 class PowerLaw(NamedTuple):
-    """FVU = factor · d_sae ** exponent, the least squares of logarithms; ``points`` are d_sae and FVU."""
+    """FVU = factor · d_sae ** exponent, the least squares of logarithms."""
 
     exponent: float
     factor: float
     r2: float
-    points: list[tuple[int, float]]
+    sizes: list[Size]
 
 
-def power_law(points: list[tuple[int, float]]) -> PowerLaw:
-    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
+def power_law(sizes: list[Size]) -> PowerLaw:
+    x, y = [math.log(size.d_sae) for size in sizes], [math.log(size.fvu) for size in sizes]
     slope, intercept = statistics.linear_regression(x, y)
-    return PowerLaw(slope, math.exp(intercept), statistics.correlation(x, y) ** 2, points)
+    return PowerLaw(slope, math.exp(intercept), statistics.correlation(x, y) ** 2, sizes)
+
+
+def size_of(d_sae: int, results: Sequence[Result]) -> Size:
+    tokens = max(result.run.tokens for result in results)
+    longest = [result.figures for result in results if result.run.tokens == tokens]
+    means = (statistics.fmean(figures[name] for figures in longest) for name in ("fvu", "l0", "silent"))
+    return Size(d_sae, tokens, *means)
 
 
 def power_laws(results: Sequence[Result]) -> dict[Setting, PowerLaw]:
-    """Of ours with its defaults, wherever there are dictionaries of several sizes; ``d_sae`` of the keys is 0."""
+    """Of ours with its defaults, where there are dictionaries of several sizes; d_sae and tokens of the keys are 0."""
     own = [result for result in results if result.run.subject == "ours" and not result.run.label and not result.run.lr]
     found = {}
-    for setting, some in grouped(own, lambda run: setting_of(run)._replace(d_sae=0)).items():
+    for setting, some in grouped(own, lambda run: setting_of(run)._replace(d_sae=0, tokens=0)).items():
         sizes = grouped(some, lambda run: run.d_sae)
         if len(sizes) >= FEWEST_SIZES:
-            fvu = {size: statistics.fmean(result.figures["fvu"] for result in same) for size, same in sizes.items()}
-            found[setting] = power_law(sorted(fvu.items()))
+            found[setting] = power_law([size_of(*item) for item in sorted(sizes.items())])
     return found
 
 
@@ -230,12 +246,12 @@ def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
     """FVU against d_sae, with the power laws."""
     figure, (ax,) = panels(1)
     for number, (setting, law) in enumerate(laws.items()):
-        sizes, fvu = zip(*law.points, strict=True)
+        sizes, fvu = [size.d_sae for size in law.sizes], [size.fvu for size in law.sizes]
         name = f"{setting.architecture}, k {setting.k}, {setting.model}: {law.exponent:.3f}"
         ax.plot(sizes, fvu, "o", color=f"C{number}", markersize=4)
         ax.plot(sizes, [law.factor * size**law.exponent for size in sizes], color=f"C{number}", label=name)
     ax.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="FVU")
-    ticks = sorted({size for law in laws.values() for size, _ in law.points})
+    ticks = sorted({size.d_sae for law in laws.values() for size in law.sizes})
     ax.set_xticks(ticks, [str(size) for size in ticks])
     ax.set_xticks([], minor=True)
     ax.legend(fontsize=7)
@@ -258,7 +274,10 @@ def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
     plot = out.with_suffix(".png")
     if plot_l0(tables, plot):
         lines += ["", f"![FVU against L0]({plot.name})"]
+    laws = power_laws(results)
     for setting, some in grouped(results, setting_of).items():
+        if len(tables[setting]) == 1 and setting._replace(d_sae=0, tokens=0) in laws:
+            continue  # ours alone, at one of the law's sizes
         lines += [
             "",
             f"## {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, d_sae {setting.d_sae}",
@@ -266,19 +285,23 @@ def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
         lines += ["", f"{setting.tokens} tokens in batches of {setting.batch}.", "", *table(tables[setting])]
         for text in (comparison(setting, tables[setting]), tried(some)):
             lines += ["", text] if text else []
-    laws = power_laws(results)
     if laws:
         plot = out.with_name(f"{out.stem}_scaling.png")
         plot_scaling(laws, plot)
-        lines += ["", "## FVU against d_sae", "", f"![FVU against d_sae]({plot.name})", ""]
-        lines += [law_line(setting, law) for setting, law in laws.items()]
+        lines += ["", "## FVU against d_sae", "", f"![FVU against d_sae]({plot.name})"]
+        lines += [line for setting, law in laws.items() for line in law_lines(setting, law)]
     above = out.read_text().partition(MARK)[0] if out.exists() else "# Quality\n\n"
     out.write_text(above + "\n".join(lines) + "\n")
 
 
-def law_line(setting: Setting, law: PowerLaw) -> str:
-    points = ", ".join(f"{size}: {fvu:.4f}" for size, fvu in law.points)
-    return (
-        f"- {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, {setting.tokens} tokens: "
-        f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f} ({points})"
+def law_lines(setting: Setting, law: PowerLaw) -> Iterator[str]:
+    yield ""
+    yield (
+        f"{setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, batches of {setting.batch}: "
+        f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f}."
     )
+    yield from ("", "| d_sae | tokens | FVU | of the law | L0 | silent |", "|---" * 6 + "|")
+    for size in law.sizes:
+        expected = law.factor * size.d_sae**law.exponent
+        cells = [f"{size.d_sae}", f"{size.tokens}", f"{size.fvu:.4f}", f"{expected:.4f}", f"{size.l0:.2f}"]
+        yield f"| {' | '.join([*cells, f'{size.silent:.3f}'])} |"
