@@ -67,7 +67,7 @@ def test_the_default_recipe_of_topk(architecture: str) -> None:
         "dead_feature_window_tokens": 153_600,  # 150 times the 8192 / 8 tokens between two firings
     }
     assert {name: entry.options[name] for name in entry.options.keys() & recipes.OPTIONS} == {
-        "decoder_init_norm": 0.1,
+        "decoder_init_norm": 0.8 if architecture in ("topk", "abstopk") else 0.4,
         "b_dec_init": "mean",
         "normalize_activations": "expected_average_only_in",
         "aux_loss_coefficient": 1.0,
@@ -301,7 +301,7 @@ def test_a_class_of_ones_own_has_the_recipe_of_its_base() -> None:
     assert recipes.learning_rate("test_recipes:Mine", 256, 2048) == recipes.learning_rate("topk", 256, 2048)
     # But for what it has chosen itself.
     assert "decoder_init_norm" not in mine.options
-    assert {**mine.options, "decoder_init_norm": 0.1, "k": 100} == theirs.options
+    assert {**mine.options, "decoder_init_norm": 0.8, "k": 100} == theirs.options
     found = entry_of(architecture="test_recipes:Mine", recipe="saelens").options
     assert (found["decoder_init_norm"], found["b_dec_init"]) == (0.3, "zeros")
 
