@@ -134,13 +134,12 @@ def test_the_learning_rate_is_the_recipe_s(name: str, folder: Path) -> None:
     for spec in w.specs:
         tokens, batch = tree["train"]["training_tokens"], tree["train"]["train_batch_size_tokens"]
         run = recipes.Run(spec.cfg.d_sae, spec.cfg.to_dict()["k"], tokens, batch)
-        # All of them are of the TopK family.
-        filled = {key: value for key, value in recipes._top_k(run).items() if key in recipes.TRAIN_KEYS}
+        values = recipes._top_k(run) if spec.architecture == "topk" else recipes._batch_top_k(run)  # and Matryoshka
+        filled = {key: value for key, value in values.items() if key in recipes.TRAIN_KEYS}
         given = tree["train"].keys() & filled.keys()
         assert given <= {"dead_feature_window_tokens"}
-        assert spec.train.lr == pytest.approx(
-            0.04 * (2048 / run.d_sae) ** 0.25 / spec.cfg.d_in**0.5, rel=0.05
-        )  # two digits
+        rate = 0.04 * (2048 / run.d_sae) ** 0.25 / spec.cfg.d_in**0.5
+        assert spec.train.lr == pytest.approx(rate, rel=0.05)  # two digits
         filled["lr"] = spec.train.lr
         assert {key: getattr(spec.train, key) for key in filled} == {**filled, **{k: tree["train"][k] for k in given}}
 
