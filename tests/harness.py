@@ -96,7 +96,8 @@ def _join(ranks: list[BaseProcess], folder: Path, timeout: float) -> None:
     while running:
         for sentinel in wait(list(running), timeout=max(0.0, deadline - time.monotonic())):
             assert isinstance(sentinel, int)
-            del running[sentinel]
+            # The sentinel is a pipe, which closes a little before there is an exit code.
+            running.pop(sentinel).join()
         if any(process.exitcode for process in ranks):
             raise _first_error(ranks, folder)
         if running and time.monotonic() > deadline:
