@@ -67,7 +67,7 @@ def test_the_default_recipe_of_topk(architecture: str) -> None:
         "dead_feature_window_tokens": 153_600,  # 150 times the 8192 / 8 tokens between two firings
     }
     assert {name: entry.options[name] for name in entry.options.keys() & recipes.OPTIONS} == {
-        "decoder_init_norm": 0.8 if architecture in ("topk", "abstopk") else 0.4,
+        "decoder_init_norm": 0.8 if architecture in ("topk", "abstopk") else 0.1,
         "b_dec_init": "mean",
         "normalize_activations": "expected_average_only_in",
         "aux_loss_coefficient": 1.0,
