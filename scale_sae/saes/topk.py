@@ -345,10 +345,8 @@ class _DeadScores:
         places = torch.full(values.shape, -1, dtype=torch.int64, device=rows.device)
         slots = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
         values[rows, slots] = scores if of_latents is None else scores / of_latents[chosen]
-        # Of very many dead latents a batch chooses a part.
-        used = torch.zeros_like(self.latents, dtype=torch.bool).index_fill_(0, chosen, True)
-        places[rows, slots] = (used.cumsum(0) - 1)[chosen]
-        return Columns(self.latents[used], values, places, block_rows)
+        places[rows, slots] = chosen
+        return Columns(self.latents, values, places, block_rows)
 
 
 def keep(hidden_pre: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
