@@ -110,7 +110,7 @@ def test_values_that_are_accepted(tmp_path: Path, key: str, value: Any, expected
         ("train.lr", "true", ["train.lr: True", "number"]),
         ("train.lr", "fast", ["train.lr: 'fast'", "number"]),
         ("train.lr", ".inf", ["train.lr: inf", "number"]),
-        ("train.lr", "null", ["train.lr: None", "number"]),
+        ("train.adam_eps", "null", ["train.adam_eps: None", "number"]),
         ("data.streaming", "1", ["data.streaming: 1", "true or false"]),
         ("model.revision", "1234", ["model.revision: 1234", "text", "quotes"]),
         ("hookpoints", "model.layers.1", ["hookpoints: 'model.layers.1'", "list"]),

@@ -219,7 +219,7 @@ def test_what_is_fitted_for_an_evaluation_is_put_back(tmp_path: Path) -> None:
     sae.initialize(0, spec.hookpoint)
     job = JobTrainer(spec, sae, STEPS)
     rows = torch.randn(128, spec.cfg.d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    job.step(rows, rows, 128, 0, False)
+    job.last_rows = rows
     before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
     evaluated = JobEvaluation(job)
     assert float(sae.get_buffer("release_threshold")) > 0

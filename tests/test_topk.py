@@ -173,13 +173,15 @@ def test_fitting_is_the_same_on_shards_and_leaves_training_alone() -> None:
         found = []
         for case in cases:
             sae, other = build(case, shard), build(case, shard)
-            local_step(other, case)  # a threshold that is not at its start
-            sae.load_state_dict(other.state_dict())
             sae.fit_for_release(2 * x)
             sae.fit_for_release(x)  # the last one counts
+            fitted = sae.get_buffer("release_threshold").clone()
             steps = [local_step(sae, case), local_step(other, case)]
-            assert torch.equal(sae.get_buffer("topk_threshold"), other.get_buffer("topk_threshold"))
-            found.append((sae.get_buffer("release_threshold").clone(), steps))
+            mean = sae.get_buffer("topk_threshold")
+            assert torch.equal(mean, other.get_buffer("topk_threshold"))
+            sae.fit_for_release(x)  # from the first step on it is the steps' own
+            assert mean > 0 and torch.equal(sae.get_buffer("release_threshold"), mean)
+            found.append((fitted, steps))
         return found
 
     (whole,) = on_shards(1, run)

@@ -14,6 +14,10 @@ from scale_sae.saes.released import JumpReLUSAEConfig
 from scale_sae.saes.topk import AuxPart, TopKTrainingSAE, TopKTrainingSAEConfig
 from scale_sae.selection import BatchTopK, Selection
 
+# In a release's threshold: many, since the thresholds of single batches of 512 rows differ by several percent, and so
+# does L0; few, since weights change.
+RECENT_STEPS = 32
+
 
 @dataclass(kw_only=True)
 class BatchTopKTrainingSAEConfig(TopKTrainingSAEConfig):
@@ -46,7 +50,7 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         topk_threshold: float64 scalar, the running mean of each batch's smallest activation, in which every batch
             counts from the first on (SAELens's begins at 0 and takes thousands of steps to leave it).
         topk_threshold_weight: float64 scalar, what the mean's weights add up to.
-        release_threshold: float64 scalar, above which k activations per row of the last batch lie: the release's.
+        release_threshold: float64 scalar, the release's: the running mean of the thresholds of the last steps alone.
     """
 
     replicated: ClassVar[frozenset[str]] = TopKTrainingSAE.replicated | {
@@ -72,7 +76,9 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
-        self.update_topk_threshold(self._smallest(output))
+        smallest = self._smallest(output)
+        self.update_topk_threshold(smallest)
+        self._update_release_threshold(smallest, step_input.n_training_steps)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
 
@@ -98,8 +104,16 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         self.topk_threshold_weight.copy_(weight)
 
     @torch.no_grad()
+    def _update_release_threshold(self, smallest: Tensor, steps: int) -> None:
+        """The same for the release, after ``steps`` steps: the mean of all at first, a running one then."""
+        rate = max(1 / RECENT_STEPS, 1 / (steps + 1))
+        self.release_threshold += torch.where(smallest.isfinite(), rate * (smallest - self.release_threshold), 0.0)
+
+    @torch.no_grad()
     def fit_for_release(self, sae_in: Tensor) -> None:
-        """Sets the threshold that leaves k activations per row in the mean over ``sae_in``, with these very weights."""
+        """Before the first step, sets the release's threshold to what ``sae_in`` has k activations per row above."""
+        if self.topk_threshold_weight:
+            return
         wanted = max(1, int(self.cfg.k * self._batch(len(sae_in))))
         _, _, scores = self.select_from(sae_in, BatchTopK(wanted, self.shard))
         found = self.shard.dp.all_reduce(self.shard.all_reduce(torch.tensor(len(scores), device=scores.device)))
