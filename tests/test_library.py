@@ -158,7 +158,7 @@ def test_a_saved_sae_is_saelenss_too(tmp_path: Path) -> None:
     train_here(tmp_path, "batchtopk", 30)
     ours, theirs, x = SAE.load_from_disk(tmp_path), sae_lens.SAE.load_from_disk(str(tmp_path)), next(provider(2))
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)  # the same formulas in float64
-    # The threshold is fitted to the last batch, for unscaled inputs; another batch has about as many latents active.
+    # The threshold is of the last few batches, for unscaled inputs; another batch has about as many latents active.
     assert (ours.encode(x) > 0).sum(dim=1).double().mean() == pytest.approx(2.5, rel=0.25)
 
 

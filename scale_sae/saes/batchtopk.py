@@ -105,8 +105,8 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def _update_release_threshold(self, smallest: Tensor, steps: int) -> None:
-        """The same for the release, after ``steps`` steps: the mean of all at first, a running one then."""
-        rate = max(1 / RECENT_STEPS, 1 / (steps + 1))
+        """The same for the release, after ``steps`` steps: at first, while weights move fast, of few of the last."""
+        rate = min(1.0, max(1 / RECENT_STEPS, 8 / (steps + 1)))
         self.release_threshold += torch.where(smallest.isfinite(), rate * (smallest - self.release_threshold), 0.0)
 
     @torch.no_grad()
