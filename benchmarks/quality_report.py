@@ -160,10 +160,9 @@ def origin(results: Sequence[Result]) -> str:
 
 
 class Size(NamedTuple):
-    """A dictionary of ``d_sae`` latents after the longest of its runs; the figures are means over seeds."""
+    """A dictionary of ``d_sae`` latents; the figures are means over seeds."""
 
     d_sae: int
-    tokens: int
     fvu: float
     l0: float
     silent: float
@@ -185,17 +184,15 @@ def power_law(sizes: list[Size]) -> PowerLaw:
 
 
 def size_of(d_sae: int, results: Sequence[Result]) -> Size:
-    tokens = max(result.run.tokens for result in results)
-    longest = [result.figures for result in results if result.run.tokens == tokens]
-    means = (statistics.fmean(figures[name] for figures in longest) for name in ("fvu", "l0", "silent"))
-    return Size(d_sae, tokens, *means)
+    means = (statistics.fmean(result.figures[name] for result in results) for name in ("fvu", "l0", "silent"))
+    return Size(d_sae, *means)
 
 
 def power_laws(results: Sequence[Result]) -> dict[Setting, PowerLaw]:
-    """Of ours with its defaults, where there are dictionaries of several sizes; d_sae and tokens of the keys are 0."""
+    """Of ours with its defaults, wherever there are dictionaries of several sizes; ``d_sae`` of the keys is 0."""
     own = [result for result in results if result.run.subject == "ours" and not result.run.label and not result.run.lr]
     found = {}
-    for setting, some in grouped(own, lambda run: setting_of(run)._replace(d_sae=0, tokens=0)).items():
+    for setting, some in grouped(own, lambda run: setting_of(run)._replace(d_sae=0)).items():
         sizes = grouped(some, lambda run: run.d_sae)
         if len(sizes) >= FEWEST_SIZES:
             found[setting] = power_law([size_of(*item) for item in sorted(sizes.items())])
@@ -276,8 +273,8 @@ def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
         lines += ["", f"![FVU against L0]({plot.name})"]
     laws = power_laws(results)
     for setting, some in grouped(results, setting_of).items():
-        if len(tables[setting]) == 1 and setting._replace(d_sae=0, tokens=0) in laws:
-            continue  # ours alone, at one of the law's sizes
+        if not tables[setting] or (len(tables[setting]) == 1 and setting._replace(d_sae=0) in laws):
+            continue  # one rate of a peer, not tuned yet; ours alone, at one of the law's sizes
         lines += [
             "",
             f"## {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, d_sae {setting.d_sae}",
@@ -297,11 +294,11 @@ def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
 def law_lines(setting: Setting, law: PowerLaw) -> Iterator[str]:
     yield ""
     yield (
-        f"{setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, batches of {setting.batch}: "
+        f"{setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, {setting.tokens} tokens: "
         f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f}."
     )
-    yield from ("", "| d_sae | tokens | FVU | of the law | L0 | silent |", "|---" * 6 + "|")
+    yield from ("", "| d_sae | FVU | of the law | L0 | silent |", "|---" * 5 + "|")
     for size in law.sizes:
         expected = law.factor * size.d_sae**law.exponent
-        cells = [f"{size.d_sae}", f"{size.tokens}", f"{size.fvu:.4f}", f"{expected:.4f}", f"{size.l0:.2f}"]
+        cells = [f"{size.d_sae}", f"{size.fvu:.4f}", f"{expected:.4f}", f"{size.l0:.2f}"]
         yield f"| {' | '.join([*cells, f'{size.silent:.3f}'])} |"
