@@ -63,17 +63,11 @@ def _schedule_and_adam(run: Run) -> Values:
     }
 
 
-def _top_k(run: Run) -> Values:
-    """TopK, AbsTopK. Measured: ``benchmarks/LOG.md``, 2026-11-22, recipes."""
+def _top_k_family(run: Run) -> Values:
+    """TopK, AbsTopK, BatchTopK, Matryoshka. Measured: ``benchmarks/LOG.md``, 2026-11-22, recipes."""
     assert run.k is not None
     return {
         **_schedule_and_adam(run),
-        # At which the first reconstructions are about as large as the inputs. At 0.1 they are far too small: what fires
-        # grows, and the others never fire again. Of 32768 latents at d_in 256, 97 % have not fired in the last 50 of
-        # 300 steps; at 0.5 51 %, at 0.75 0.4 %.
-        "decoder_init_norm": 0.8,
-        # A latent that has long not fired is moved by up to lr / √(1 − β2) when it does. FVU 0.0414; 0.0431 with 0.999.
-        "adam_beta2": 0.99,
         # FVU 0.0427 and no silent latents; from zeros 0.0437 and 0.6 %.
         "b_dec_init": "mean",
         # To norm √d_in, so that one learning rate fits all layers and models. FVU 0.0427; 0.0432 as they come.
@@ -87,16 +81,27 @@ def _top_k(run: Run) -> Values:
     }
 
 
-def _batch_top_k(run: Run) -> Values:
-    """BatchTopK, Matryoshka."""
+def _top_k(run: Run) -> Values:
+    """TopK, AbsTopK."""
     return {
-        **_top_k(run),
+        **_top_k_family(run),
+        # At which the first reconstructions are about as large as the inputs. At 0.1 they are far too small: what fires
+        # grows, and the others never fire again. Of 32768 latents at d_in 256, 97 % have not fired in the last 50 of
+        # 300 steps; at 0.5 51 %, at 0.75 0.4 %.
+        "decoder_init_norm": 0.8,
+        # A latent that has long not fired is moved by up to lr / √(1 − β2) when it does. FVU 0.0414; 0.0431 with 0.999.
+        "adam_beta2": 0.99,
+    }
+
+
+def _batch_top_k(run: Run) -> Values:
+    """BatchTopK, Matryoshka. With beta2 0.99 seven times as many latents are silent, for 2 % of FVU."""
+    return {
+        **_top_k_family(run),
         # No norm fits: at 0.8 a few rows take most of the firings, and are reconstructed far too large. At 0.1 many
         # latents die, and AuxK brings them back. FVU with 2048 latents 0.0367, at 0.4 0.0370, at 0.7 0.0379; with 8192
         # 0.0339, at 0.45 0.0357.
         "decoder_init_norm": 0.1,
-        # With 0.99 seven times as many latents are silent, for 2 % of FVU.
-        "adam_beta2": 0.999,
     }
 
 

@@ -1,5 +1,6 @@
 """The TopK family: the step on codes against that on dense activations, what crosses the links, released thresholds."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,6 +193,22 @@ def test_fitting_is_the_same_on_shards_and_leaves_training_alone() -> None:
                 torch.testing.assert_close(threshold, expected, rtol=1e-14, atol=0)  # one score, in another blocking
                 for part, other_part in zip(*steps, strict=True):
                     assert all(torch.equal(part[name], other_part[name]) for name in part)
+
+
+def test_the_release_has_the_mean_threshold_of_the_last_steps() -> None:
+    """A 32nd of each; in the first 256 steps more, the first eight alone."""
+    case = Case("batchtopk")
+    sae, x = build(case, Shard()), inputs()
+    threshold = 0.0
+    for steps, share in ((0, 1), (7, 1), (15, 1 / 2), (127, 1 / 16), (255, 1 / 32), (10_000, 1 / 32)):
+        given = replace(step_input(sae, case, (1 + steps % 10) * x), n_training_steps=steps)
+        acts = sae.training_forward_pass(given).feature_acts.detach()
+        threshold += share * (float(acts[acts > 0].min()) - threshold)
+        assert float(sae.get_buffer("release_threshold")) == pytest.approx(threshold, rel=1e-12)
+    # Rows without any active latent say nothing.
+    sae.get_parameter("b_enc").data.fill_(-1e6)
+    sae.training_forward_pass(replace(given, n_training_steps=1))
+    assert float(sae.get_buffer("release_threshold")) == pytest.approx(threshold, rel=1e-12)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
