@@ -21,7 +21,7 @@ from scale_sae import card, checkpoint, config
 from scale_sae.card import CARD, EVAL, PLOT
 from scale_sae.checkpoint import read_rows
 from scale_sae.errors import UserError, nearest
-from scale_sae.export import PASSES, RUNNER_CFG, SPARSITY, ExportError, Report, StoredSAE, export_sae
+from scale_sae.export import PASSES, RUNNER_CFG, SPARSITY, DivergedError, ExportError, Report, StoredSAE, export_sae
 from scale_sae.formats import LAYOUTS
 from scale_sae.hook_names import to_transformer_lens
 from scale_sae.progress import progress_bar
@@ -102,14 +102,8 @@ def consolidate(
     if aside.exists():
         shutil.rmtree(aside)
     try:
-        healthy = []
-        for job in meta["jobs"]:
-            if has_diverged(folder, job):
-                print(f"{job['sae_id']}: has diverged during training and is not released", file=sys.stderr)
-            else:
-                healthy.append(job)
-        if not healthy:
-            raise UserError(f"{run_dir}: every SAE has diverged; train again with a lower train.lr")
+        healthy = [job for job in meta["jobs"] if not has_diverged(folder, job)]
+        diverged = [job["sae_id"] for job in meta["jobs"] if job not in healthy]
         # before anything is written: whether each can be expressed
         fields = [StoredSAE(folder, job, layout).layout.cfg for job in healthy]
         reports, released = [], []
@@ -117,9 +111,18 @@ def consolidate(
             for job, cfg in zip(healthy, fields, strict=True):
                 about = metadata(folder, meta, job)
                 name = checkpoint.folder_name(job["sae_id"])
-                report = export_sae(folder, job, aside / name, about, dtype, layout, bar.update)
+                try:
+                    report = export_sae(folder, job, aside / name, about, dtype, layout, bar.update)
+                except DivergedError:  # at the last step before the checkpoint, which training had no time to notice
+                    diverged.append(job["sae_id"])
+                    shutil.rmtree(aside / name)
+                    continue
                 reports.append(report)
                 released.append(card.entry(name, {**cfg, "dtype": report.dtype, "metadata": about}))
+        for sae_id in diverged:
+            print(f"{sae_id}: has diverged during training and is not released", file=sys.stderr)
+        if not reports:
+            raise UserError(f"{run_dir}: every SAE has diverged; train again with a lower train.lr")
         for report in reports:
             print(
                 f"{report.sae_id}: written as {report.dtype}, reloaded, equals the sharded SAE of step {meta['step']} "

@@ -37,6 +37,10 @@ class ExportError(RuntimeError):
     """What was written is not the SAE of the checkpoint."""
 
 
+class DivergedError(ExportError):
+    """The checkpoint's weights are not finite."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What `export_sae` did. ``difference``: the largest relative difference to the sharded SAE (see `check`)."""
@@ -115,6 +119,7 @@ def export_sae(
     Raises:
         UserError: the layout cannot express the SAE.
         ExportError: a file is not, bit for bit, what the checkpoint gives, or they do not compute what the shards do.
+        DivergedError: the checkpoint's weights are not finite.
     """
     sae = StoredSAE(checkpoint_folder, job, layout, progress)
     name = dtype or sae.cfg.dtype
@@ -204,7 +209,8 @@ def check(sae: StoredSAE, path: Path, cfg: Mapping[str, Any]) -> float:
         max |a - b| / max |b|, the larger of the two comparisons.
 
     Raises:
-        ExportError: they differ, or are not finite.
+        ExportError: they differ.
+        DivergedError: they are not finite.
     """
     x = torch.randn(CHECK_ROWS, sae.d_in, dtype=torch.float64, generator=generator("export check", sae.sae_id))
     pre, unscaled_pre, released_pre = x.new_empty(3, CHECK_ROWS, sae.d_sae)
@@ -263,7 +269,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _require_equal(sae: StoredSAE, name: str, written: Tensor, expected: Tensor) -> None:
     if not expected.isfinite().all():
-        raise ExportError(f"{sae.sae_id}: {name} is not finite: its training has diverged; nothing was released")
+        raise DivergedError(f"{sae.sae_id}: {name} is not finite: its training has diverged; nothing was released")
     if not torch.equal(written, expected):
         raise _not_as_written(sae, name)
 

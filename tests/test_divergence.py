@@ -38,8 +38,8 @@ def test_one_diverges_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "model.layers.1/diverging: has diverged" in capfd.readouterr().err
 
 
-def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path) -> None:
-    """Its threshold can no longer be fitted; the checkpoint is written all the same, with the SAE frozen."""
+def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint is written all the same; no step has met the SAE's values, the release finds them."""
     bad = {"name": "bad", "architecture": "batchtopk", "d_sae": 256, "k": 8, "lr": 1e38}
     config = runs.tiny_config(
         tmp_path,
@@ -54,6 +54,8 @@ def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path) -> None:
     assert [checkpoint.step_of(folder) for folder in checkpoint.complete(tmp_path / "run")] == [3, 2, 1]
     reports = consolidate(tmp_path / "run", tmp_path / "release", step=1)
     assert [report.sae_id for report in reports] == ["model.layers.0/healthy"]
+    assert not (tmp_path / "release/model.layers.0/bad").exists()
+    assert "model.layers.0/bad: has diverged" in capsys.readouterr().err
 
 
 def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:

@@ -416,7 +416,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, name: str) -> 
             tensors[name][3] = torch.nan
             tensorfile.save(path, tensors)
     job = checkpoint.read_meta(saved)["jobs"][0]
-    with pytest.raises(export.ExportError, match=f"{name.removesuffix('_rows')} is not finite"):
+    with pytest.raises(export.DivergedError, match=f"{name.removesuffix('_rows')} is not finite"):
         export.export_sae(saved, job, tmp_path / "out", {})
 
 
