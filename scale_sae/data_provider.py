@@ -160,6 +160,6 @@ class Batches:
             )
         if not len(rows):
             raise UserError("data_provider: yielded a tensor without rows; leave it out")
-        # A provider may write its next rows where these are, and the last batch is looked at again at a checkpoint. A
-        # copy is also no inference tensor, which cannot be trained on.
+        # A provider may write its next rows where these are, of which a batch may need a part. A copy is also no
+        # inference tensor, which cannot be trained on.
         return rows.detach().to(self.device, copy=True)

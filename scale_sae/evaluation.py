@@ -7,7 +7,7 @@ All ranks take part. Of P copies of the language model, copy p takes every P-th 
    sums from which the figures follow, and send the reconstruction back;
 3. the copy's ranks forward it again with that reconstruction in its place, and sum what the model loses.
 
-At last rank 0 puts the figures together. Nothing that trains is touched: what is fitted for a release is put back.
+At last rank 0 puts the figures together. Nothing that trains is touched.
 
 SAE ranks evaluate between two steps. Dedicated LM ranks run ahead of them, and join the evaluation of step s when they
 have sent their first chunk that no draw up to s waits for. The SAE ranks come to s with all earlier chunks, which have
@@ -95,9 +95,7 @@ class JobEvaluation:
     def __init__(self, job: JobTrainer):
         self.job = job
         self.sums = Sums(job.sae.d_out, job.sae.n_local, job.window_tokens.device, job.shard)
-        self.before = {name: buffer.clone() for name, buffer in job.sae.named_buffers()}
         self.fails = bool(job.frozen)
-        self._unless_it_fails(job.fit_for_release)
 
     @property
     def rows_at_once(self) -> int:
@@ -125,8 +123,6 @@ class JobEvaluation:
 
     def figures(self) -> Figures | None:
         """What follows from the sums over all rows; None where there are no figures. Ends its evaluation."""
-        for name, buffer in self.job.sae.named_buffers():
-            buffer.copy_(self.before[name])
         found: list[Figures] = []
         if not self.fails:
             self.sums.over(self.job.shard.dp, self.sums.sum.device)

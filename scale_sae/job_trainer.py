@@ -31,7 +31,6 @@ class JobTrainer:
         start: the first global latent of those whose rows this rank saves.
         scale, target_scale: float64 scalars, the factors that inputs and targets are multiplied by before they reach
             the SAE: 1, or with ``expected_average_only_in`` what the trainer found before the first step.
-        last_rows: this rank's rows ``[n, d_in]`` of the last step, as they came.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class JobTrainer:
         self.scale = torch.ones((), dtype=torch.float64, device=device)
         self.target_scale = torch.ones((), dtype=torch.float64, device=device)
         self.frozen = torch.zeros((), dtype=torch.bool)
-        self.last_rows: Tensor | None = None
 
     def load_release(self) -> None:
         """Takes the weights of the release that the config names, if it names one. UserError where they do not fit."""
@@ -120,7 +118,6 @@ class JobTrainer:
             self.window_tokens.zero_()
         if not n_rows:
             return {}
-        self.last_rows = x
         dead = self.tokens_since_fired > train.dead_feature_window_tokens
         # No latent can be dead before the window has passed once, and this is known without asking the device.
         may_be_dead = step * train.train_batch_size_tokens > train.dead_feature_window_tokens
@@ -146,12 +143,6 @@ class JobTrainer:
         self.fired_count += fire_counts
         self.window_tokens += n_rows
         return self._metrics(output, own, wanted, n_rows, grad_norm, dead, step) if is_logging_step else {}
-
-    def fit_for_release(self) -> None:
-        """Fits what the release alone needs to the last rows; before a checkpoint."""
-        if self.last_rows is not None and not self.frozen:
-            with self.engine.whole(changes=False):
-                self.sae.fit_for_release(self._scaled(self.last_rows, self.scale))
 
     def as_released(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the release would make of this rank's rows ``x [n, d_in]``, while the engine holds parameters whole.

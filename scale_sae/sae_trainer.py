@@ -289,7 +289,6 @@ class SAETrainer(Generic[T]):
     def _finish(self) -> None:
         """Makes the SAE one for inputs as they are."""
         self._check_non_finite()
-        self._fit_for_release()
         self.sae.metadata |= self._statistics()
         if self.cfg.save_final_checkpoint:
             self.save_checkpoint(f"final_{self.n_training_samples}")
@@ -300,12 +299,6 @@ class SAETrainer(Generic[T]):
             self.activation_scaler.scaling_factor = None
         self.sae.row_gradients = None  # from here on its gradients are those of any module
         self.finished = True
-
-    def _fit_for_release(self) -> None:
-        try:
-            self.job.fit_for_release()
-        except NonFiniteError:
-            raise self._diverged(self.n_training_steps) from None
 
     # ---- what is known of the latents -----------------------------------------------------------------------------
 
@@ -371,7 +364,6 @@ class SAETrainer(Generic[T]):
         base = Path(self.cfg.checkpoint_path)
         folder, aside = base / checkpoint_name, base / f".writing_{checkpoint_name}"
         state = aside / STATE
-        self._fit_for_release()
         self.job.check_replicas()
         self._agree(lambda: _renew(aside, state) if self.leads else None)
         before = self.sae.metadata

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from scale_sae import checkpoint
 from scale_sae.activations.buffer import LaneBuffer
-from scale_sae.collectives import NonFiniteError
 from scale_sae.config import RunConfig, to_dict
 from scale_sae.errors import UserError
 from scale_sae.job_trainer import JobTrainer
@@ -291,11 +290,6 @@ class Snapshots:
         """
         self.wait()
         for job in self.jobs:
-            try:
-                job.fit_for_release()
-            except NonFiniteError:
-                # The last update was one too many. On all shards at once, as in a step.
-                job.frozen.fill_(True)
             job.check_replicas()
         files = self._copies()
         self.memory.wait()

@@ -148,9 +148,13 @@ class SkipsEmpty(Base):
 
 
 class CallsWhenOthersAreDone(Base):
-    def fit_for_release(self, sae_in):
-        if self.rows.start > 0:
-            self.shard.all_reduce(self.b_dec)
+    def training_forward_pass(self, step_input):
+        output = super().training_forward_pass(step_input)
+        output.metrics["mean"] = self.mean
+        return output
+
+    def mean(self):
+        return (self.shard.all_reduce(self.b_dec) if self.rows.start > 0 else self.b_dec).mean()
 
 
 class PastTheShard(Base):

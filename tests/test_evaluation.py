@@ -16,14 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
 from scale_sae import cache_activations, checkpoint, evaluate, held_out, train, trainer
-from scale_sae.collectives import Shard
-from scale_sae.config import from_dict, load
+from scale_sae.config import load
 from scale_sae.consolidate import consolidate
 from scale_sae.evaluation import Evaluation, JobEvaluation, Mail
 from scale_sae.held_out import loss_sums
 from scale_sae.job_trainer import JobTrainer
-from scale_sae.jobs import resolve
-from scale_sae.saes import registry
 from scale_sae.trainer import Trainer
 
 SAES: list[dict[str, Any]] = [
@@ -209,25 +206,6 @@ def test_training_is_the_same_with_and_without(reference: Path, tmp_path: Path) 
     assert len(files) > len(SAES)
     for file in files:
         assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
-
-
-def test_what_is_fitted_for_an_evaluation_is_put_back(tmp_path: Path) -> None:
-    """Also where no checkpoint follows that would fit it anew, as for an SAE that diverges later."""
-    made = from_dict(config(tmp_path))
-    spec = next(spec for spec in resolve(made)[1] if spec.architecture == "batchtopk")
-    sae = registry.create(spec.architecture, spec.cfg, Shard())
-    sae.initialize(0, spec.hookpoint)
-    job = JobTrainer(spec, sae, STEPS)
-    rows = torch.randn(128, spec.cfg.d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    job.last_rows = rows
-    before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
-    evaluated = JobEvaluation(job)
-    assert float(sae.get_buffer("release_threshold")) > 0
-    evaluated.reconstruct(rows, rows, 1)
-    figures = evaluated.figures()
-    # The threshold is fitted to just these rows.
-    assert figures is not None and figures["sparsity"]["l0"] == int(4.5 * 128) / 128
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.tensors().items())
 
 
 # ---- ends of all kinds -----------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_a_release(tmp_path: Path) -> None:
         before, after = (SAE.load_from_disk(r / cfg.parent.relative_to(tmp_path / "first")) for r in _both(tmp_path))
         for name, tensor in before.state_dict().items():
             if cfg.parent.name == "batch" and name == "threshold":
-                continue  # refitted to other rows
+                continue  # of other rows
             difference = (after.state_dict()[name] - tensor).abs().max()
             # One Adam step of 1e-12, times a scale of about 1, and roundings.
             assert difference < 1e-10, (cfg.parent.name, name, difference)

@@ -377,21 +377,12 @@ class TrainingSAE(nn.Module, ABC, Generic[Config]):
     # ---- the release ------------------------------------------------------------------------------------------------
 
     def encode_as_released(self, x: Tensor) -> Tensor:
-        """As ``encode``, by the rule of the release where that is another: what is fitted by ``fit_for_release``.
-
-        Rows must know nothing of each other.
-        """
+        """As ``encode``, by the rule of the release where that is another. Rows must know nothing of each other."""
         return self.encode(x)
 
     def activation_factor(self, target_factor: float) -> float:
         """What the release's activations are multiplied by here, where targets are multiplied by ``target_factor``."""
         return 1.0
-
-    def fit_for_release(self, sae_in: Tensor) -> None:
-        """Called before each checkpoint with the last batch ``[B, d_in]``: fits what the release alone needs.
-
-        It must leave training as it is, so only buffers that no training step reads may change.
-        """
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float, target_factor: float | None = None) -> None:

@@ -85,12 +85,9 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
     def _smallest(self, output: TrainStepOutput) -> Tensor:
         """The smallest activation of a step over all shards and rows, float64; infinite where there is none."""
         codes = getattr(output, "codes", None)
-        acts = output.feature_acts[output.feature_acts > 0] if codes is None else codes.values
-        return self._least(acts.detach())
-
-    def _least(self, values: Tensor) -> Tensor:
-        infinity = torch.full((1,), torch.inf, dtype=torch.float64, device=values.device)
-        least = self.shard.all_reduce(torch.cat([values.double(), infinity]).amin(), "min")
+        acts = (output.feature_acts[output.feature_acts > 0] if codes is None else codes.values).detach()
+        infinity = torch.full((1,), torch.inf, dtype=torch.float64, device=acts.device)
+        least = self.shard.all_reduce(torch.cat([acts.double(), infinity]).amin(), "min")
         return self.shard.dp.all_reduce(least, "min")
 
     @torch.no_grad()
@@ -108,19 +105,6 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
         """The same for the release, after ``steps`` steps: at first, while weights move fast, of few of the last."""
         rate = min(1.0, max(1 / RECENT_STEPS, 8 / (steps + 1)))
         self.release_threshold += torch.where(smallest.isfinite(), rate * (smallest - self.release_threshold), 0.0)
-
-    @torch.no_grad()
-    def fit_for_release(self, sae_in: Tensor) -> None:
-        """Before the first step, sets the release's threshold to what ``sae_in`` has k activations per row above."""
-        if self.topk_threshold_weight:
-            return
-        wanted = max(1, int(self.cfg.k * self._batch(len(sae_in))))
-        _, _, scores = self.select_from(sae_in, BatchTopK(wanted, self.shard))
-        found = self.shard.dp.all_reduce(self.shard.all_reduce(torch.tensor(len(scores), device=scores.device)))
-        # Just below the least of them, since a release keeps what is above; all, where there are fewer than wanted.
-        least = self._least(scores).to(torch.promote_types(self.dtype, torch.float32))
-        below = torch.nextafter(least, torch.zeros_like(least))
-        self.release_threshold.copy_(torch.where(found == wanted, below, 0.0))
 
     def encode_as_released(self, x: Tensor) -> Tensor:
         """What lies above the release's threshold."""

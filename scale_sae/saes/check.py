@@ -211,8 +211,6 @@ class _Trial:
         values |= _gradients(sae)
         with self.blamed("in metrics"):
             values |= self._metrics(output)
-        with self.blamed("in fit_for_release"):
-            sae.fit_for_release(sae_in)
         return values | {f"{name} after a step": value for name, value in _state(sae, VALUES).items()}
 
     def _outputs(self, sae: TrainingSAE, output: Any) -> dict[str, _Value]:
@@ -295,11 +293,13 @@ class _Trial:
         factors = scale, 3.0 if scaled and self.target is not self.sae_in else scale
         with self.blamed("while its release is made"):
             unscaled, released = self._release(whole, 0, self.cfg.d_sae, factors)
-            difference = _difference(released.encode(self.sae_in), unscaled.encode(self.sae_in))
+            trained = unscaled.encode(self.sae_in)
+            difference = _difference(released.encode(self.sae_in), trained)
+            # A class whose released rule is another, as BatchTopK's, which is a threshold, means it to be.
+            meant = _difference(unscaled.encode_as_released(self.sae_in), trained) > ROUNDED
         with self.blamed("while its release is made by blocks of latents"):
             self._check_blocks(whole, factors, unscaled.inference_state_dict())
-        # A class that fits something for its release, as BatchTopK its threshold, means it to be another.
-        if difference > ROUNDED and type(whole).fit_for_release is TrainingSAE.fit_for_release:
+        if difference > ROUNDED and not meant:
             return (
                 f"{self.architecture}: its release, of architecture {released.cfg.architecture()}, has other "
                 f"activations than training, by {difference:.1e} of the largest; if that is not meant, register a "
