@@ -210,18 +210,17 @@ def _offloads(zero: Mapping[str, object]) -> bool:
 
 
 def _batch(w: Workload, group: Group, shards: list[SAEShard]) -> Phase:
-    """This step's rows, the next step's, the rows that count, and those of the last step until an SAE's turn."""
+    """This step's rows, the next step's, and the rows that count."""
     rows, size = w.batch // group.dp, w.dtype.itemsize
     width = sum(w.widths[name] for name in group.hookpoints)
     # What a rank gave to the all-gather of either lives as long as its result.
     own = width // group.tp if group.tp > 1 else 0
     pairs = {(s.spec.hookpoint, s.spec.target) for s in shards}
     counted = sum(w.widths[x] + (w.widths[y] if x != y else 0) for x, y in pairs)
-    last = counted if len(shards) > 1 else 0
-    columns = 2 * (width + own) + counted + last
+    columns = 2 * (width + own) + counted
     text = (
         f"{rows} rows x {columns} x {size} bytes: of {width} numbers in {len(group.hookpoints)} hookpoints, this "
-        "step's and the next one's; copies where a row is left out, until an SAE's next step; a bound"
+        "step's and the next one's; copies where a row is left out; a bound"
     )
     keys = ("train.train_batch_size_tokens", "topology.sae.dp", "topology.sae.groups")
     return [Item("batch", rows * columns * size, text, keys)]
