@@ -18,6 +18,7 @@ MARK = "<!-- What follows is written by `benchmarks/quality.py report`. -->"
 FIGURES = {"L0": ("l0", "{:.2f}"), "silent": ("silent", "{:.3f}"), "dense": ("dense", "{:.3f}")}
 FIGURES |= {"CE score": ("ce_score", "{:.4f}"), "seconds": ("seconds", "{:.0f}")}
 FEWEST_SIZES = 3  # of dictionaries, for a power law
+FEWEST_SIZES_OF_A_FLOOR = 5  # for one with a floor, which is a number more
 COLOURS = {"ours": "C3", "sae_lens": "C0", "sparsify": "C1", "dictionary_learning": "C2"}
 
 
@@ -169,18 +170,28 @@ class Size(NamedTuple):
 
 
 class PowerLaw(NamedTuple):
-    """FVU = factor · d_sae ** exponent, the least squares of logarithms."""
+    """FVU = floor + factor · d_sae ** exponent, the least squares of the logarithms of FVU − floor."""
 
+    floor: float
     exponent: float
     factor: float
     r2: float
     sizes: list[Size]
 
+    def at(self, d_sae: int) -> float:
+        return float(self.floor + self.factor * d_sae**self.exponent)
 
-def power_law(sizes: list[Size]) -> PowerLaw:
-    x, y = [math.log(size.d_sae) for size in sizes], [math.log(size.fvu) for size in sizes]
+
+def power_law(sizes: list[Size], floor: float = 0.0) -> PowerLaw:
+    x, y = [math.log(size.d_sae) for size in sizes], [math.log(size.fvu - floor) for size in sizes]
     slope, intercept = statistics.linear_regression(x, y)
-    return PowerLaw(slope, math.exp(intercept), statistics.correlation(x, y) ** 2, sizes)
+    return PowerLaw(floor, slope, math.exp(intercept), statistics.correlation(x, y) ** 2, sizes)
+
+
+def with_floor(sizes: list[Size]) -> PowerLaw:
+    """With the part of FVU that no size explains, as Gao et al. 2024 have it: of R² nearest to 1, to a thousandth."""
+    least = min(size.fvu for size in sizes)
+    return max((power_law(sizes, least * part / 1000) for part in range(1000)), key=lambda law: law.r2)
 
 
 def size_of(d_sae: int, results: Sequence[Result]) -> Size:
@@ -246,7 +257,9 @@ def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
         sizes, fvu = [size.d_sae for size in law.sizes], [size.fvu for size in law.sizes]
         name = f"{setting.architecture}, k {setting.k}, {setting.model}: {law.exponent:.3f}"
         ax.plot(sizes, fvu, "o", color=f"C{number}", markersize=4)
-        ax.plot(sizes, [law.factor * size**law.exponent for size in sizes], color=f"C{number}", label=name)
+        ax.plot(sizes, [law.at(size) for size in sizes], color=f"C{number}", label=name)
+        if len(sizes) >= FEWEST_SIZES_OF_A_FLOOR:
+            ax.plot(sizes, [with_floor(law.sizes).at(size) for size in sizes], color=f"C{number}", linestyle="dotted")
     ax.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="FVU")
     ticks = sorted({size.d_sae for law in laws.values() for size in law.sizes})
     ax.set_xticks(ticks, [str(size) for size in ticks])
@@ -297,8 +310,13 @@ def law_lines(setting: Setting, law: PowerLaw) -> Iterator[str]:
         f"{setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, {setting.tokens} tokens: "
         f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f}."
     )
+    if len(law.sizes) >= FEWEST_SIZES_OF_A_FLOOR:
+        bent = with_floor(law.sizes)
+        yield (
+            f"With a part that no size explains, dotted: FVU = {bent.floor:.4f} + {bent.factor:.3g} · "
+            f"d_sae^{bent.exponent:.3f}, R² {bent.r2:.4f}."
+        )
     yield from ("", "| d_sae | FVU | of the law | L0 | silent |", "|---" * 5 + "|")
     for size in law.sizes:
-        expected = law.factor * size.d_sae**law.exponent
-        cells = [f"{size.d_sae}", f"{size.fvu:.4f}", f"{expected:.4f}", f"{size.l0:.2f}"]
+        cells = [f"{size.d_sae}", f"{size.fvu:.4f}", f"{law.at(size.d_sae):.4f}", f"{size.l0:.2f}"]
         yield f"| {' | '.join([*cells, f'{size.silent:.3f}'])} |"
