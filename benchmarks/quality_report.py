@@ -188,8 +188,13 @@ def power_law(sizes: list[Size], floor: float = 0.0) -> PowerLaw:
     return PowerLaw(floor, slope, math.exp(intercept), statistics.correlation(x, y) ** 2, sizes)
 
 
-def with_floor(sizes: list[Size]) -> PowerLaw:
-    """With the part of FVU that no size explains, as Gao et al. 2024 have it: of R² nearest to 1, to a thousandth."""
+def with_floor(sizes: list[Size]) -> PowerLaw | None:
+    """With the part of FVU that no size explains, as Gao et al. 2024 have it: of R² nearest to 1, to a thousandth.
+
+    None of few sizes.
+    """
+    if len(sizes) < FEWEST_SIZES_OF_A_FLOOR:
+        return None
     least = min(size.fvu for size in sizes)
     return max((power_law(sizes, least * part / 1000) for part in range(1000)), key=lambda law: law.r2)
 
@@ -258,8 +263,8 @@ def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
         name = f"{setting.architecture}, k {setting.k}, {setting.model}: {law.exponent:.3f}"
         ax.plot(sizes, fvu, "o", color=f"C{number}", markersize=4)
         ax.plot(sizes, [law.at(size) for size in sizes], color=f"C{number}", label=name)
-        if len(sizes) >= FEWEST_SIZES_OF_A_FLOOR:
-            ax.plot(sizes, [with_floor(law.sizes).at(size) for size in sizes], color=f"C{number}", linestyle="dotted")
+        if bent := with_floor(law.sizes):
+            ax.plot(sizes, [bent.at(size) for size in sizes], color=f"C{number}", linestyle="dotted")
     ax.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="FVU")
     ticks = sorted({size.d_sae for law in laws.values() for size in law.sizes})
     ax.set_xticks(ticks, [str(size) for size in ticks])
@@ -310,8 +315,7 @@ def law_lines(setting: Setting, law: PowerLaw) -> Iterator[str]:
         f"{setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, {setting.tokens} tokens: "
         f"FVU ∝ d_sae^{law.exponent:.3f}, R² {law.r2:.4f}."
     )
-    if len(law.sizes) >= FEWEST_SIZES_OF_A_FLOOR:
-        bent = with_floor(law.sizes)
+    if bent := with_floor(law.sizes):
         yield (
             f"With a part that no size explains, dotted: FVU = {bent.floor:.4f} + {bent.factor:.3g} · "
             f"d_sae^{bent.exponent:.3f}, R² {bent.r2:.4f}."

@@ -68,11 +68,8 @@ class BatchTopKTrainingSAE(TopKTrainingSAE):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
 
     def selection(self, n_rows: int) -> Selection:
-        return BatchTopK(int(self.cfg.k * self._batch(n_rows)), self.shard)
-
-    def _batch(self, n_rows: int) -> int:
-        """The rows of the whole batch, of which ``n_rows`` are this rank's."""
-        return self.shard.dp.total(n_rows, self.b_dec.device)
+        rows_of_all = self.shard.dp.total(n_rows, self.b_dec.device)
+        return BatchTopK(int(self.cfg.k * rows_of_all), self.shard)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)

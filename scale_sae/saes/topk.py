@@ -173,17 +173,6 @@ class TopKTrainingSAE(TrainingSAE):
         ]
         return codes, pre_acts, columns
 
-    @torch.no_grad()
-    def select_from(self, sae_in: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
-        """What a selection chooses of the scores of ``sae_in [B, d_in]`` with these weights: see its ``choose``."""
-        if self.works_on_codes():
-            scale, bias = self._scale_and_bias()
-            for scores in self._score_blocks(self.process_sae_in(sae_in)):
-                selection.add(scores, scale, bias)
-        else:
-            selection.add(self._hidden_pre(sae_in).contiguous())
-        return selection.choose()
-
     def _scale_and_bias(self) -> tuple[Tensor | None, Tensor]:
         """What makes scores, by which latents are selected, of ``x @ W_enc``: factors and summands, ``[n_local]``."""
         if not self.cfg.rescale_acts_by_decoder_norm:
