@@ -10,7 +10,8 @@ In the environment of ``benchmarks/peers.py``, which says how it is made, and wi
 ``cache`` keeps what all runs of a model share, in the folder ``--work``: the activations that they train on, held-out
 rows, and what the model loses on held-out text without an SAE. ``train`` works through a plan, each run a process of
 one thread; what is done is left alone, so that it may be stopped (SIGTERM) and started again, also with another plan.
-``quality_subjects.py`` says how each subject is trained.
+``report`` keeps the results themselves beside the report, as ``.jsonl``, and takes from there what the work folder
+lacks. ``quality_subjects.py`` says how each subject is trained.
 
 Every SAE is measured as its own package loads it from what it saved: *FVU* = Σ‖x − x̂‖² / Σ‖x − mean‖² over 32,768
 held-out rows; *L0*, the active latents of a row; the share of latents that are *silent* (fire on none of these rows)
@@ -376,7 +377,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--run", type=json.loads, required=True, help="its fields, as JSON")
     reported = commands.add_parser("report", help="tables and plots of what there is")
     reported.add_argument("--plan", type=Path, required=True, help="of the runs to report")
-    reported.add_argument("--out", type=Path, required=True, help="a Markdown file; the plots go beside it")
+    reported.add_argument("--out", type=Path, required=True, help="a Markdown file; results and plots go beside it")
     return parser.parse_args()
 
 

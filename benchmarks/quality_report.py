@@ -66,15 +66,23 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def read(folder: Path, runs: Sequence[Run]) -> list[Result]:
-    """What there is of ``runs``."""
-    found = []
+def gathered(folder: Path, kept: Path, runs: Sequence[Run]) -> list[Result]:
+    """What there is of ``runs``: made in ``folder``, or kept in ``kept``, to which what was made is added.
+
+    ``kept`` holds a JSON object a line, so that the results of a work folder outlive it.
+    """
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    trees = {Run(**tree["run"]).id: tree for tree in map(json.loads, lines)}
     for run in runs:
         path = folder / run.id / "result.json"
         if path.exists():
-            tree = json.loads(path.read_text())
-            found.append(Result(run, tree["lr"], {**tree["figures"], "seconds": tree["seconds"]}, tree["where"]))
-    return found
+            trees[run.id] = json.loads(path.read_text())
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(json.dumps(trees[name]) + "\n" for name in sorted(trees)))
+    found = [(run, trees[run.id]) for run in runs if run.id in trees]
+    return [
+        Result(run, tree["lr"], {**tree["figures"], "seconds": tree["seconds"]}, tree["where"]) for run, tree in found
+    ]
 
 
 def grouped(results: Iterable[Result], key: Callable[[Run], Any]) -> dict[Any, list[Result]]:
@@ -277,15 +285,14 @@ def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
 
 
 def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
-    """Writes ``out`` and its plots from what there is of ``runs`` in ``folder``."""
-    results = read(folder, runs)
+    """Writes ``out``, its plots and, as ``.jsonl``, its results: of ``runs`` what `gathered` finds."""
+    results = gathered(folder, out.with_suffix(".jsonl"), runs)
     if not results:
         raise SystemExit(f"{folder} holds no results of the plan")
     lines = [MARK, "", origin(results)]
     if len(results) < len(runs):
         lines.append(f"{len(runs) - len(results)} of the plan's {len(runs)} runs are not made yet.")
     tables = {setting: rows_of(some) for setting, some in grouped(results, setting_of).items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     plot = out.with_suffix(".png")
     if plot_l0(tables, plot):
         lines += ["", f"![FVU against L0]({plot.name})"]

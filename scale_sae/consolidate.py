@@ -9,6 +9,7 @@ import inspect
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,6 +117,8 @@ def consolidate(
                 except DivergedError:  # at the last step before the checkpoint, which training had no time to notice
                     diverged.append(job["sae_id"])
                     shutil.rmtree(aside / name)
+                    with suppress(OSError):  # the hookpoint's other SAEs are there
+                        (aside / name).parent.rmdir()
                     continue
                 reports.append(report)
                 released.append(card.entry(name, {**cfg, "dtype": report.dtype, "metadata": about}))

@@ -40,11 +40,17 @@ def test_one_diverges_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The checkpoint is written all the same; no step has met the SAE's values, the release finds them."""
-    bad = {"name": "bad", "architecture": "batchtopk", "d_sae": 256, "k": 8, "lr": 1e38}
+    bad = {
+        "name": "bad",
+        "architecture": "batchtopk",
+        "d_sae": 256,
+        "k": 8,
+        "lr": 1e38,
+        "hookpoints": ["model.layers.1"],
+    }
     config = runs.tiny_config(
         tmp_path,
-        saes=[{"name": "healthy", "d_sae": 256, "k": 8}, bad],
-        hookpoints=["model.layers.0"],
+        saes=[{"name": "healthy", "d_sae": 256, "k": 8, "hookpoints": ["model.layers.0"]}, bad],
         model={"name": "embedded"},
         train={"training_tokens": 3 * 128, "train_batch_size_tokens": 128},
         checkpoint={"every_steps": 1, "keep": 3},
@@ -54,8 +60,8 @@ def test_an_sae_that_diverges_just_before_a_checkpoint(tmp_path: Path, capsys: p
     assert [checkpoint.step_of(folder) for folder in checkpoint.complete(tmp_path / "run")] == [3, 2, 1]
     reports = consolidate(tmp_path / "run", tmp_path / "release", step=1)
     assert [report.sae_id for report in reports] == ["model.layers.0/healthy"]
-    assert not (tmp_path / "release/model.layers.0/bad").exists()
-    assert "model.layers.0/bad: has diverged" in capsys.readouterr().err
+    assert not (tmp_path / "release/model.layers.1").exists()
+    assert "model.layers.1/bad: has diverged" in capsys.readouterr().err
 
 
 def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:
@@ -63,8 +69,7 @@ def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:
     bad = {"name": "bad", "architecture": "standard", "d_sae": 256, "lr": 1e38}
     config = runs.tiny_config(
         tmp_path,
-        saes=[{"name": "healthy", "d_sae": 256, "k": 8}, bad],
-        hookpoints=["model.layers.0"],
+        saes=[{"name": "healthy", "d_sae": 256, "k": 8, "hookpoints": ["model.layers.0"]}, bad],
         model={"name": "embedded"},
         train={"training_tokens": 10 * 128, "train_batch_size_tokens": 128},
     )
