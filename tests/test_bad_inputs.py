@@ -1,120 +1,21 @@
 """Wrong inputs: one clear line from one rank, exit code 1 on every rank, no hang, and nothing overwritten."""
 
-import faulthandler
 import json
-import multiprocessing
-import os
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import runs
-from harness import renew_thread_pool
-from scale_sae import checkpoint, config, jobs, rundir, train
+from refusals import TIMEOUT, check_refused, contents, end_of, short_config
+from scale_sae import checkpoint, config, jobs
 from scale_sae.activations.tokens import open_chunks
 from scale_sae.embedded import MODEL_FOLDER
 from scale_sae.errors import UserError
-
-# A run that ends takes 1 to 3 s; the rest is for a busy machine. A rank that waits for a lost one waits an hour.
-TIMEOUT = 60
-PROGRESS = ("training:", "Loading weights:")
-THREE_RANKS = {"lm": {"tp": 1}, "sae": {"tp": 2}}
-
-
-@dataclass
-class Ended:
-    """What the ranks of a run left: exit codes and all that they printed, in rank order."""
-
-    codes: list[int | None]
-    printed: list[str]
-
-    @property
-    def lines(self) -> list[str]:
-        """What they printed, but for blank lines and progress bars."""
-        lines = [line for text in self.printed for line in text.replace("\r", "\n").splitlines()]
-        return [line for line in lines if line.strip() and not line.startswith(PROGRESS)]
-
-
-def hold_store(port: Any) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port.send(store.port)
-    port.recv()  # until the parent ends this process
-
-
-def rank_main(rank: int, world: int, port: int, printed: Path, path: Path, overrides: dict[str, Any]) -> None:
-    out = printed.open("w", buffering=1)
-    sys.stdout = sys.stderr = out
-    os.dup2(out.fileno(), 1)
-    os.dup2(out.fileno(), 2)
-    faulthandler.dump_traceback_later(TIMEOUT - 2, file=out)
-    renew_thread_pool()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    train.main(str(path), **overrides)
-
-
-def end_of(path: Path, world: int, overrides: dict[str, Any] | None = None) -> Ended:
-    """Runs the command ``train`` on ``world`` forked ranks, which end as the command does, by ``os._exit``."""
-    folder = path.parent / f"printed_{time.monotonic_ns()}"
-    folder.mkdir()
-    printed = [folder / str(rank) for rank in range(world)]
-    context = multiprocessing.get_context("fork")
-    # As with torchrun, a process of its own holds the store: it outlives the ranks, and this one stays without threads.
-    ours, theirs = context.Pipe()
-    host = context.Process(target=hold_store, args=(theirs,))
-    host.start()
-    port = ours.recv()
-    ranks: list[BaseProcess] = [
-        context.Process(target=rank_main, args=(rank, world, port, printed[rank], path, overrides or {}))
-        for rank in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in ranks]
-    for process in [*ranks, host]:
-        process.kill()
-        process.join()
-    texts = [file.read_text() for file in printed]
-    assert None not in codes, f"exit codes after {TIMEOUT} s: {codes}\n" + "\n".join(texts)
-    return Ended(codes, texts)
-
-
-def check_refused(ended: Ended, words: list[str], said: list[str] | None = None) -> None:
-    """Every rank failed and one line was printed, with ``words`` in it; before it came those in ``said``."""
-    assert ended.codes == [1] * len(ended.codes), ended.printed
-    *notes, line = sorted(ended.lines, key=lambda line: line.startswith("error"))
-    assert notes == (said or [])
-    assert line.startswith("error: ") and [word for word in words if word not in line] == [], line
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def short_config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A run of 8 steps with a checkpoint after 4."""
-    changes = {
-        "model": {"name": "embedded"},
-        "saes": [{"d_sae": 64, "k": 4}],
-        "train": {"training_tokens": 8 * 128, "train_batch_size_tokens": 128, "lr": 1e-3},
-        "checkpoint": {"every_steps": 4},
-        "topology": THREE_RANKS,
-        **changes,
-    }
-    return runs.tiny_config(folder, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -394,95 +295,6 @@ def test_refused_output_dir_inside_a_file(tmp_path: Path) -> None:
     path = runs.write_config(tmp_path, short_config(tmp_path, output_dir=str(tmp_path / "file/run")))
     check_refused(end_of(path, 3), ["output_dir", str(tmp_path / "file/run"), "cannot be written"])
     assert (tmp_path / "file").read_text() == "mine"
-
-
-# ---- a folder that holds a run ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The config of a finished run, started with a wrong dataset at first; no test leaves a change in its folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    path = runs.write_config(folder, short_config(folder))
-    assert end_of(path, 3, {"data.column": "body"}).codes == [1, 1, 1]
-    ended = end_of(path, 3)
-    assert ended.codes == [0, 0, 0] and ended.lines == [], ended.printed
-    before = contents(folder)
-    assert {"run/checkpoints/step_00000004/complete.json", "run/checkpoints/step_00000008/complete.json"} <= set(before)
-    yield path
-    assert {name: data for name, data in contents(folder).items() if not name.startswith("printed_")} == {
-        name: data for name, data in before.items() if not name.startswith("printed_")
-    }
-
-
-def moved(path: Path, folder: Path) -> Path:
-    """A copy of a run and its config in ``folder``."""
-    shutil.copytree(path.parent / "run", folder / "run")
-    tree = short_config(path.parent, output_dir=str(folder / "run"))
-    return runs.write_config(folder, tree)
-
-
-OCCUPIED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "another config": ({"train.lr": 2e-3}, ["holds a run with another config", "train.lr: 0.001 != 0.002"]),
-    "resume: never": ({"resume": "never"}, ["output_dir", "already holds a run"]),
-    "resume from nothing": ({"resume": "./no/step_00000004"}, ["resume", "no/step_00000004", "already holds a run"]),
-}
-
-
-@pytest.mark.parametrize("name", OCCUPIED)
-def test_refused_in_the_folder_of_a_run(name: str, trained: Path) -> None:
-    overrides, words = OCCUPIED[name]
-    (trained.parent / "run/stop").touch()
-    before = contents(trained.parent / "run")
-    check_refused(end_of(trained, 3, overrides), words)
-    assert contents(trained.parent / "run") == before
-    (trained.parent / "run/stop").unlink()
-
-
-def test_refused_while_another_run_is_alive(trained: Path) -> None:
-    before = contents(trained.parent / "run")
-    with rundir.lock(trained.parent / "run"):
-        check_refused(end_of(trained, 3), ["output_dir", str(trained.parent / "run"), "in use by another run"])
-    assert contents(trained.parent / "run") == before
-
-
-def test_refused_checkpoints_of_an_unknown_config(trained: Path, tmp_path: Path) -> None:
-    path = moved(trained, tmp_path)
-    (tmp_path / "run/config.yaml").unlink()
-    before = contents(tmp_path / "run")
-    check_refused(end_of(path, 3), ["output_dir", "checkpoints but no config.yaml"])
-    assert contents(tmp_path / "run") == before
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("victim", ["saes/*/rows_0000000032_*.safetensors", "complete.json"])
-def test_a_truncated_checkpoint_is_left_out(victim: str, trained: Path, tmp_path: Path) -> None:
-    path = moved(trained, tmp_path)
-    newest, before = checkpoint.complete(tmp_path / "run")
-    truncate(next(newest.glob(victim)))
-    ended = end_of(path, 3)
-    assert ended.codes == [0, 0, 0], ended.printed
-    damaged, going_on = ended.lines
-    assert damaged.startswith("checkpoint step_00000008 is damaged and is left out: ")
-    assert going_on == f"going on from {before}"
-    state, expected = runs.sae_state(tmp_path / "run"), runs.sae_state(trained.parent / "run")
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
-
-
-def test_refused_if_every_checkpoint_is_damaged(trained: Path, tmp_path: Path) -> None:
-    path = moved(trained, tmp_path)
-    for folder in checkpoint.complete(tmp_path / "run"):
-        truncate(folder / "meta.json")
-    before = contents(tmp_path / "run")
-    ended = end_of(path, 3)
-    assert ended.codes == [1, 1, 1]
-    first, second, error = ended.lines
-    assert "step_00000008 is damaged" in first and "step_00000004 is damaged" in second
-    assert error.startswith("error: resume: no checkpoint in ")
-    assert contents(tmp_path / "run") == before
 
 
 # ---- while it trains -------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import runs
+from refusals import check_refused, end_of, short_config
 from runs import forked_run, largest_difference, sae_state, tiny_config, write_config
 from scale_sae import checkpoint, config, jobs, train
 from scale_sae.collectives import Shard
 from scale_sae.consolidate import consolidate
 from scale_sae.errors import UserError
 from scale_sae.saes import SAE, TrainStepInput, registry
-from test_bad_inputs import check_refused, end_of, short_config
 
 sae_lens = pytest.importorskip("sae_lens")
 
