@@ -46,7 +46,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one subject with one learning rate, by seed; `kind` is default, tuned or both."""
+    """The runs of one subject with one learning rate, by seed; `kind` is default, tuned, both, or the one tried."""
 
     subject: str
     label: str
@@ -102,11 +102,13 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     for (subject, label), own in grouped(results, lambda run: (run.subject, run.label)).items():
         rates = grouped(own, lambda run: run.lr)
         tried = [result for result in own if result.run.seed == 0 and math.isfinite(result.figures["fvu"])]
-        best = min(tried, key=lambda result: result.figures["fvu"]).run.lr if len(tried) > 1 else None
+        best = min(tried, key=lambda result: result.figures["fvu"]).run.lr if tried else None
         for rate in dict.fromkeys((None, best)):
             if rate in rates:
-                kinds = (["default"] if rate is None else []) + (["tuned"] if len(tried) > 1 and rate == best else [])
-                rows.append(Row(subject, label, " and ".join(kinds), rates[rate][0].lr, rates[rate]))
+                kinds = ["default"] if rate is None else []
+                if rate == best and len(tried) > 1:
+                    kinds.append("tuned")
+                rows.append(Row(subject, label, " and ".join(kinds) or "the one tried", rates[rate][0].lr, rates[rate]))
     return sorted(rows, key=lambda row: row.mean("fvu"))
 
 
@@ -299,7 +301,7 @@ def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
     laws = power_laws(results)
     for setting, some in grouped(results, setting_of).items():
         if not tables[setting] or (len(tables[setting]) == 1 and setting._replace(d_sae=0) in laws):
-            continue  # one rate of a peer, not tuned yet; ours alone, at one of the law's sizes
+            continue  # no rate at seed 0 yet; ours alone, at one of the sizes of a law
         lines += [
             "",
             f"## {setting.model}, {setting.hookpoint}, {setting.architecture}, k {setting.k}, d_sae {setting.d_sae}",

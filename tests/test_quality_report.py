@@ -58,6 +58,8 @@ def test_rows_have_the_default_and_the_rate_that_is_best_at_seed_0(reports: Any)
     assert (best.lr, best.kind, best.mean("fvu"), best.mean("silent")) == pytest.approx((2e-3, "tuned", 0.21, 0.2))
     assert best.spread("fvu") == pytest.approx(0.02 / math.sqrt(2))  # of a sample of two
     assert (default.kind, default.mean("fvu")) == ("default", 0.30) and math.isnan(default.spread("fvu"))
+    assert [row.kind for row in reports.rows_of(results[:1])] == ["default"]
+    assert [row.kind for row in reports.rows_of(results[1:3])] == ["the one tried"]
 
 
 @pytest.mark.parametrize(("fvu", "silent", "holds"), [(0.2, 0.1, True), (0.21, 0.1, False), (0.2, 0.11, False)])
