@@ -233,7 +233,6 @@ def where() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit + (" and changes" if changed else ""),
         "python": platform.python_version(),
-        "system": platform.platform(),
         "processors": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
