@@ -69,7 +69,8 @@ def test_an_sae_without_a_finite_step_is_not_released(tmp_path: Path) -> None:
     bad = {"name": "bad", "architecture": "standard", "d_sae": 256, "lr": 1e38}
     config = runs.tiny_config(
         tmp_path,
-        saes=[{"name": "healthy", "d_sae": 256, "k": 8, "hookpoints": ["model.layers.0"]}, bad],
+        saes=[{"name": "healthy", "d_sae": 256, "k": 8}, bad],
+        hookpoints=["model.layers.0"],
         model={"name": "embedded"},
         train={"training_tokens": 10 * 128, "train_batch_size_tokens": 128},
     )
