@@ -77,6 +77,8 @@ def gathered(folder: Path, kept: Path, runs: Sequence[Run]) -> list[Result]:
         path = folder / run.id / "result.json"
         if path.exists():
             trees[run.id] = json.loads(path.read_text())
+    if not trees:
+        return []
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(json.dumps(trees[name]) + "\n" for name in sorted(trees)))
     found = [(run, trees[run.id]) for run in runs if run.id in trees]
