@@ -395,7 +395,7 @@ def main() -> None:
     else:
         from quality_report import report
 
-        report(work.root / "runs", read_plan(chosen.plan), chosen.out)
+        report(work.root / "runs", read_plan(chosen.plan), stream_settings(), chosen.out)
 
 
 if __name__ == "__main__":

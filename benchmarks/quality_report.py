@@ -6,8 +6,9 @@ What stands in the report above `MARK` is left as it is: it is written by hand.
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +67,11 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def gathered(folder: Path, kept: Path, runs: Sequence[Run]) -> list[Result]:
+def gathered(folder: Path, kept: Path, runs: Sequence[Run], stream: Mapping[str, Any]) -> list[Result]:
     """What there is of ``runs``: made in ``folder``, or kept in ``kept``, to which what was made is added.
 
-    ``kept`` holds a JSON object a line, so that the results of a work folder outlive it.
+    ``kept`` holds a JSON object a line, so that the results of a work folder outlive it. All must be of the data and
+    the buffer in ``stream``: others saw other rows, and are not to be compared.
     """
     lines = kept.read_text().splitlines() if kept.exists() else []
     trees = {Run(**tree["run"]).id: tree for tree in map(json.loads, lines)}
@@ -79,6 +81,9 @@ def gathered(folder: Path, kept: Path, runs: Sequence[Run]) -> list[Result]:
             trees[run.id] = json.loads(path.read_text())
     if not trees:
         return []
+    others = [name for name, tree in trees.items() if tree["stream"] != stream]
+    if others:
+        sys.exit(f"{others[0]}: is of other data or another buffer; choose another --work, and --out away from {kept}")
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(json.dumps(trees[name]) + "\n" for name in sorted(trees)))
     found = [(run, trees[run.id]) for run in runs if run.id in trees]
@@ -288,11 +293,11 @@ def plot_scaling(laws: dict[Setting, PowerLaw], path: Path) -> None:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(folder: Path, runs: Sequence[Run], out: Path) -> None:
+def report(folder: Path, runs: Sequence[Run], stream: Mapping[str, Any], out: Path) -> None:
     """Writes ``out``, its plots and, as ``.jsonl``, its results: of ``runs`` what `gathered` finds."""
-    results = gathered(folder, out.with_suffix(".jsonl"), runs)
+    results = gathered(folder, out.with_suffix(".jsonl"), runs, stream)
     if not results:
-        raise SystemExit(f"{folder} holds no results of the plan")
+        sys.exit(f"{folder} holds no results of the plan")
     lines = [MARK, "", origin(results)]
     if len(results) < len(runs):
         lines.append(f"{len(runs) - len(results)} of the plan's {len(runs)} runs are not made yet.")

@@ -13,6 +13,8 @@ import runs
 
 WHERE = {"date": "2026-01-01", "commit": "abc", "python": "3", "processors": 2, "gpu": None, "versions": {"torch": "2"}}
 
+STREAM = {"buffer": {"tokens": 1}}
+
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -80,11 +82,18 @@ def test_results_outlive_the_work_folder(reports: Any, tmp_path: Path) -> None:
     def made(run: Any, fvu: float) -> None:
         path = tmp_path / "work" / run.id / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tree = {"run": asdict(run), "lr": 1e-3, "seconds": 2.0, "figures": {"fvu": fvu}, "where": WHERE}
+        tree = {
+            "run": asdict(run),
+            "stream": STREAM,
+            "lr": 1e-3,
+            "seconds": 2.0,
+            "figures": {"fvu": fvu},
+            "where": WHERE,
+        }
         path.write_text(json.dumps(tree))
 
-    def gathered(folder: str, plan: list[Any]) -> list[float]:
-        return [found.figures["fvu"] for found in reports.gathered(tmp_path / folder, kept, plan)]
+    def gathered(folder: str, plan: list[Any], stream: Any = STREAM) -> list[float]:
+        return [found.figures["fvu"] for found in reports.gathered(tmp_path / folder, kept, plan, stream)]
 
     made(one, 0.1)
     made(two, 0.2)
@@ -93,3 +102,6 @@ def test_results_outlive_the_work_folder(reports: Any, tmp_path: Path) -> None:
     made(one, 0.3)
     assert gathered("work", [one]) == [0.3]
     assert gathered("nothing", [one, two]) == [0.3, 0.2]
+    for folder in ("work", "nothing"):
+        with pytest.raises(SystemExit, match="is of other data or another buffer"):
+            gathered(folder, [one], {"buffer": {"tokens": 2}})
