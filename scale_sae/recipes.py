@@ -154,13 +154,13 @@ def _base(sae_class: type[TrainingSAE]) -> type[TrainingSAE] | None:
 
 
 def learning_rate(architecture: str, d_in: int, d_sae: int) -> float:
-    """The peak learning rate by the default recipe, to two digits: c · (2048 / d_sae)^p / √d_in.
+    """The peak learning rate by the default recipe, to two digits.
 
-    Of 2000 steps on activations of norm √d_in, the best for TopK are 2.5e-3 to 4e-3 at d_in 256 with 2048 latents, 2e-3
-    there with 8192 latents, 2e-3 at d_in 576 with 2048 latents; c is at the lower end, where no latents fall silent.
-    p is ¼, but ½ for BatchTopK and Matryoshka, as Gao et al. 2024 (arXiv 2406.04093) find it: with 8192 latents in 8000
-    steps a rate of 9e-4 in place of 1.8e-3 leaves 13 % of them silent, not 25 %, at the same FVU; TopK's FVU is 10 %
-    higher by it. At d_in 4096 with 131072 latents this gives 2.2e-4 and 7.8e-5.
+    c · (2048 / d_sae)^¼ / √d_in. Of 2000 steps on activations of norm √d_in, the best for TopK are 2.5e-3 to 4e-3 at
+    d_in 256 with 2048 latents, 2e-3 there with 8192 latents, 2e-3 at d_in 576 with 2048 latents; c is at the lower end,
+    where no latents fall silent. Gao et al. 2024 (arXiv 2406.04093) find the root of d_sae in long runs of wide models;
+    at d_in 4096 with 131072 latents this gives 2.2e-4. Of 8000 steps BatchTopK does as well at half of it, and half as
+    many latents are silent; of 2000 it does worse.
 
     Args:
         architecture: name in the registry, or ``module:Class``.
@@ -172,8 +172,7 @@ def learning_rate(architecture: str, d_in: int, d_sae: int) -> float:
         return 4e-4
     # At three times 0.016 half of JumpReLU's latents are silent.
     scale = 0.04 if issubclass(base, TopKTrainingSAE) else 0.016
-    power = 0.5 if issubclass(base, BatchTopKTrainingSAE) else 0.25
-    return float(f"{scale * (2048 / d_sae) ** power / math.sqrt(d_in):.2g}")
+    return float(f"{scale * (2048 / d_sae) ** 0.25 / math.sqrt(d_in):.2g}")
 
 
 def _saelens(run: Run) -> Values:

@@ -138,8 +138,7 @@ def test_the_learning_rate_is_the_recipe_s(name: str, folder: Path) -> None:
         filled = {key: value for key, value in values.items() if key in recipes.TRAIN_KEYS}
         given = tree["train"].keys() & filled.keys()
         assert given <= {"dead_feature_window_tokens"}
-        power = 0.25 if spec.architecture == "topk" else 0.5
-        rate = 0.04 * (2048 / run.d_sae) ** power / spec.cfg.d_in**0.5
+        rate = 0.04 * (2048 / run.d_sae) ** 0.25 / spec.cfg.d_in**0.5
         assert spec.train.lr == pytest.approx(rate, rel=0.05)  # two digits
         filled["lr"] = spec.train.lr
         assert {key: getattr(spec.train, key) for key in filled} == {**filled, **{k: tree["train"][k] for k in given}}
