@@ -137,13 +137,13 @@ def _refused(name: str) -> Callable[..., Any]:
 # ---- inside a group --------------------------------------------------------------------------------------------------
 
 BATCH, D_IN, D_SAE, K = 512, 16, 2048, 4
-K_AUX = D_IN // 2
+K_AUX = 6
 MEASURED = 1  # of the steps 0, 1, 2: the only one that does not log
-SHORT = {"dead_feature_window_tokens": 1}
+AUX_K = {"dead_feature_window_tokens": 1, "k_aux": K_AUX}
 SAES: dict[str, dict[str, Any]] = {
     "topk": {"architecture": "topk", "k": K},
-    "few_dead": {"architecture": "topk", "k": K, **SHORT},
-    "many_dead": {"architecture": "topk", "k": K, **SHORT},
+    "few_dead": {"architecture": "topk", "k": K, **AUX_K},
+    "many_dead": {"architecture": "topk", "k": K, **AUX_K},
     "batchtopk": {"architecture": "batchtopk", "k": K},
     "jumprelu": {"architecture": "jumprelu", "pre_act_loss_coefficient": 0.1},
 }
@@ -194,8 +194,8 @@ def of_an_sae(architecture: str, s: Sizes) -> Expected:
         found["tp", "all_reduce", 2 * s.rows * s.d_in * s.itemsize * reconstructions] += 1
         if architecture == "topk":
             found["tp", "all_gather", s.tp * s.rows * s.k * s.itemsize] += 1
-        if s.dead > s.d_in // 2:
-            found["tp", "all_gather", s.tp * s.rows * (s.d_in // 2) * s.itemsize] += 1
+        if s.dead > K_AUX:
+            found["tp", "all_gather", s.tp * s.rows * K_AUX * s.itemsize] += 1
         if architecture == "batchtopk":
             found.update(("tp", "all_reduce", 2 * 4 * bins) for bins in histograms)
             found["tp", "all_gather", s.tp * s.rows * 4] += 1  # ties of each row
