@@ -105,7 +105,7 @@ def _batch_top_k(run: Run) -> Values:
         # latents die, and AuxK brings them back. FVU with 2048 latents 0.0367, at 0.4 0.0370, at 0.7 0.0379; with 8192
         # 0.0339, at 0.45 0.0357.
         "decoder_init_norm": 0.1,
-        # d_in / 2, as Gao et al. 2024 have it, appendix B.1. With k fewer come back: 35 % of 8192 silent, not 28 %.
+        # d_in / 2, as Gao et al. 2024 have it, appendix B.1. With k fewer come back: 35 % of 8192 silent, not 25 %.
         "k_aux": None,
     }
 
