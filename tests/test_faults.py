@@ -55,13 +55,13 @@ ROLES = {
 
 
 def lost(line: str) -> int:
-    """The rank that a line names as lost, with its host and role, and how that was seen."""
+    """The rank that a line names as lost by its process's end, with its host and role."""
     for rank, known in ROLES.items():
-        named = f"error: lost rank {rank} (host {socket.gethostname()}, "
-        # One that ends before those beside it first look for its process is missed by its silence.
-        ends = ("starting up): its process has ended.", "starting up): gave no sign of life for 30 s.")
-        if line.startswith((f"{named}{known}): its process has ended.", *(named + end for end in ends))):
-            return rank
+        for role in (known, "starting up"):
+            if line.startswith(
+                f"error: lost rank {rank} (host {socket.gethostname()}, {role}): its process has ended."
+            ):
+                return rank
     raise AssertionError(line)
 
 
