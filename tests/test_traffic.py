@@ -139,11 +139,11 @@ def _refused(name: str) -> Callable[..., Any]:
 BATCH, D_IN, D_SAE, K = 512, 16, 2048, 4
 K_AUX = 6
 MEASURED = 1  # of the steps 0, 1, 2: the only one that does not log
-AUX_K = {"dead_feature_window_tokens": 1, "k_aux": K_AUX}
+DYING = {"dead_feature_window_tokens": 1, "k_aux": K_AUX}
 SAES: dict[str, dict[str, Any]] = {
     "topk": {"architecture": "topk", "k": K},
-    "few_dead": {"architecture": "topk", "k": K, **AUX_K},
-    "many_dead": {"architecture": "topk", "k": K, **AUX_K},
+    "few_dead": {"architecture": "topk", "k": K, **DYING},
+    "many_dead": {"architecture": "topk", "k": K, **DYING},
     "batchtopk": {"architecture": "batchtopk", "k": K},
     "jumprelu": {"architecture": "jumprelu", "pre_act_loss_coefficient": 0.1},
 }
